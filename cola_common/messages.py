@@ -1,0 +1,293 @@
+"""What server and worker say to each other on `Fleet.Attend`, as plain frozen types. Free of torch and protobuf.
+
+Legend: N rows of one job in one batch; d_in, d_out a site's widths. Shards of a job are numbered in site order,
+and `index` is that number everywhere. `group` numbers the sites' shared inputs: x is sent once for a group and call.
+"""
+
+from dataclasses import dataclass
+
+from cola_common.families import Family
+
+PROTOCOL = 1
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """A tensor's values in a codec's bytes.
+
+    `checksum` is xxh3-64 over `data`; `decode` in `cola_common.tensor` checks it. `exponent` is the power of two
+    that the codec divided by before it narrowed the values (0 where it has none).
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    exponent: int
+    nbytes: int
+    checksum: int
+    data: Buffer
+
+
+# --- both ways ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """`progress` counts what the sender's training thread has finished; `busy_seconds` is the age of what it does now."""
+
+    progress: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    """The last message of a stream that ends on purpose."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A message about a job was not accepted and changed nothing. `reason` is a `cola_common.errors.Reason`."""
+
+    job: str
+    epoch: int
+    step: int
+    reason: str
+    message: str
+
+
+# --- worker to server -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a worker can carry, measured by itself when it starts."""
+
+    cores: int
+    memory_bytes: int
+    device: str
+    gflops: float
+
+
+@dataclass(frozen=True)
+class OwnedShard:
+    """A shard on the worker's disk, after `step` steps, with the digest of its state."""
+
+    job: str
+    site: str
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's first message. `boot` is new at each start of its process."""
+
+    protocol_min: int
+    protocol_max: int
+    worker: str
+    boot: int
+    """Unix nanoseconds of the process's start: of two processes with one identity the greater is the newer."""
+    capacity: Capacity
+    codecs: tuple[str, ...]
+    owned: tuple[OwnedShard, ...]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The worker has accumulated captures of this batch whose tensors were `bytes` long; that much may follow."""
+
+    job: str
+    epoch: int
+    batch: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Squared gradient norms of a step, fp64, one for each of the worker's shards that were called."""
+
+    job: str
+    epoch: int
+    step: int
+    squares: tuple[tuple[int, float], ...]
+    """(shard index, squared norm)"""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New minus old parameters of one step, for all of the worker's shards of a job that were called."""
+
+    job: str
+    epoch: int
+    step: int
+    """0 for the first."""
+    names: tuple[tuple[int, str], ...]
+    """(shard index, parameter name) of each tensor in `tensors`."""
+    squares: tuple[tuple[int, float], ...]
+    """As in `Norm`: the gradient norm is a metric also where nothing is clipped."""
+    digest: str
+    """Of the worker's shards after this step, chained; see `cola_common.tensor.digest`."""
+    worker_seconds: float
+    tensors: tuple[EncodedTensor, ...]
+
+
+@dataclass(frozen=True)
+class Draining:
+    """The worker wants to leave: no new Assign, please, and a Goodbye once its jobs have gone."""
+
+
+# --- server to worker -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The server's answer to Hello."""
+
+    session: str
+    lease_seconds: float
+    heartbeat_seconds: float
+    window_bytes: int
+    """Capture bytes that may be on their way or not yet accumulated."""
+    chunk_bytes: int
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """All that makes a step from a gradient. The learning rate of step k is `cola_common.schedules.learning_rate`."""
+
+    optimizer: str
+    learning_rate: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    max_grad_norm: float
+    lr_scheduler_type: str
+    warmup_steps: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard that the worker is to own."""
+
+    index: int
+    site: str
+    family: Family
+    d_in: int
+    d_out: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Assign:
+    """From now on the worker owns these shards of `job`, at version `step`, under `epoch`.
+
+    `names` and `tensors` are their fp32 parameters, (shard index, parameter name) each.
+    """
+
+    job: str
+    epoch: int
+    step: int
+    plan: OptimizerPlan
+    values: str
+    """The codec of captures."""
+    max_rows: int
+    """No capture has more rows: the bound of every buffer that the worker takes for this job."""
+    shards: tuple[ShardPlan, ...]
+    names: tuple[tuple[int, str], ...]
+    tensors: tuple[EncodedTensor, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of a capture is: `x` of a group and call, or `g` of a shard and call."""
+
+    kind: str  # "x" or "g"
+    index: int  # the group's number for x, the shard's for g
+    call: int
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Hidden inputs and output gradients of one batch; parts[i] says what tensors[i] is.
+
+    x is N×d_in, g is N×d_out, padding dropped. An x comes before, or in the same frame as, the first g of its group
+    and call. Small parts are packed into one frame.
+    """
+
+    job: str
+    epoch: int
+    batch: int
+    parts: tuple[Part, ...]
+    tensors: tuple[EncodedTensor, ...]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often a shard's site was called in a batch, and the rows of all its calls together."""
+
+    index: int
+    calls: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """All captures of a batch have been sent. With `batches` > 0 the batch closes the step, whose gradient is the mean
+    over that many batches."""
+
+    job: str
+    epoch: int
+    batch: int
+    step: int
+    batches: int
+    calls: tuple[Calls, ...]
+    """Of the worker's shards that were called."""
+
+
+@dataclass(frozen=True)
+class NormTotal:
+    """The job's global gradient norm of a step, over all its workers."""
+
+    job: str
+    epoch: int
+    step: int
+    total: float
+
+
+@dataclass(frozen=True)
+class Ack:
+    """The delta of a step is folded; `digest` is the server's, after it."""
+
+    job: str
+    epoch: int
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """The worker owns no shard of `job` any more. `keep`: it may still be asked to go on from them."""
+
+    job: str
+    epoch: int
+    reason: str
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Drain:
+    """The server asks the worker to leave."""
+
+
+ToServer = Hello | Heartbeat | Credit | Norm | Delta | Refusal | Draining | Goodbye
+ToWorker = Welcome | Assign | Capture | StepEnd | NormTotal | Ack | Revoke | Refusal | Heartbeat | Drain | Goodbye
+Message = ToServer | ToWorker
+
+
+def payload(message: Message) -> tuple[EncodedTensor, ...]:
+    """The tensors that a message carries, none for most."""
+    return message.tensors if isinstance(message, Assign | Capture | Delta) else ()
