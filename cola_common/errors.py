@@ -128,6 +128,14 @@ class ColaError(Exception):
         self.message = CATALOGUE[reason].text.format(**details)
         super().__init__(self.message)
 
+    @classmethod
+    def told(cls, reason: Reason, message: str) -> "ColaError":
+        """An error in the words of the peer that raised it, where its details did not travel."""
+        error = cls.__new__(cls)
+        Exception.__init__(error, message)
+        error.reason, error.details, error.message = reason, {}, message
+        return error
+
     @property
     def status(self) -> str:
         """The name of the gRPC status that this error travels under."""

@@ -5,7 +5,7 @@ import secrets
 from typing import Literal
 
 Prefix = Literal["file", "ftjob", "ftckpt", "ftevent", "wkr", "boot", "sess"]
-PATTERN = re.compile(r"^[a-z]+-[0-9a-f]{24}$")
+PATTERN = re.compile(r"[a-z]+-[0-9a-f]{24}")
 
 
 def new(prefix: Prefix) -> str:
@@ -15,4 +15,4 @@ def new(prefix: Prefix) -> str:
 
 def valid(prefix: Prefix, text: str) -> bool:
     """Whether `text` is an id of that kind. Ids name files, so everything from outside is checked with this."""
-    return text.startswith(f"{prefix}-") and PATTERN.match(text) is not None
+    return text.startswith(f"{prefix}-") and PATTERN.fullmatch(text) is not None

@@ -1,0 +1,29 @@
+"""glibc's malloc, tuned for streams of large buffers."""
+
+import ctypes
+import sys
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_THRESHOLD = -3
+
+# By default each large buffer is mapped when it is taken and unmapped when it is freed, so that every page of it faults
+# again: that made streams of 1 MiB messages 3.5 times slower. With these, buffers up to 32 MiB (the most that glibc
+# allows) come from the heap, and the heap keeps what it was given until 256 MiB of it lie free.
+_SETTINGS = {
+    _M_MMAP_THRESHOLD: 32 << 20,
+    _M_TRIM_THRESHOLD: 256 << 20,
+    _M_TOP_PAD: 16 << 20,
+}
+
+
+def tune() -> bool:
+    """Tunes malloc for this process; to be called once, when it starts. False where the C library is not glibc."""
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl has none
+        return False
+    return all(mallopt(parameter, value) == 1 for parameter, value in _SETTINGS.items())

@@ -1,0 +1,20 @@
+"""Workers: who attends, who owns what, and what goes to and fro between them and a job."""
+
+from cola_server.fleet.exchange import Exchange, WorkerBlamed, WorkerLost
+from cola_server.fleet.outbox import Outbox, OutboxClosed
+from cola_server.fleet.placement import Candidate, ShardLoad, place
+from cola_server.fleet.registry import Attendance, Fleet, FleetLimits
+
+__all__ = [
+    "Attendance",
+    "Candidate",
+    "Exchange",
+    "Fleet",
+    "FleetLimits",
+    "Outbox",
+    "OutboxClosed",
+    "ShardLoad",
+    "WorkerBlamed",
+    "WorkerLost",
+    "place",
+]

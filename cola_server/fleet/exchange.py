@@ -1,0 +1,282 @@
+"""One job under one epoch, as its workers see it: captures go out, deltas come back and are matched to their step.
+
+All methods but `emit` belong to the event loop. A worker that is lost, refuses, or sends what was not assigned ends
+the exchange: every waiter gets the exception, and the job goes on under a new epoch with an exchange of its own.
+"""
+
+import asyncio
+import math
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TypeVar
+
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import (
+    Ack,
+    Assign,
+    Calls,
+    Capture,
+    Delta,
+    EncodedTensor,
+    Norm,
+    NormTotal,
+    OptimizerPlan,
+    Refusal,
+    Revoke,
+    ShardPlan,
+    StepEnd,
+    ToWorker,
+)
+from cola_server.fleet.outbox import Outbox, OutboxClosed, capture_bytes
+
+T = TypeVar("T")
+
+Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape, in the order in which deltas name them
+
+
+class WorkerLost(Exception):
+    """A worker of this exchange is gone."""
+
+    def __init__(self, worker: str, problem: str) -> None:
+        super().__init__(f"worker {worker}: {problem}")
+        self.worker = worker
+        self.problem = problem
+
+
+class WorkerBlamed(Exception):
+    """A worker's answer to a step was refused, or the worker refused the step. Whose fault it is, the next worker tells."""
+
+    def __init__(self, worker: str, step: int, error: ColaError) -> None:
+        super().__init__(f"worker {worker}, step {step}: {error}")
+        self.worker = worker
+        self.step = step
+        self.error = error
+
+
+class Exchange:
+    """See the module. `owners` maps shard numbers to workers, `outboxes` workers to where their messages wait."""
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        epoch: int,
+        owners: Mapping[int, str],
+        outboxes: Mapping[str, Outbox],
+        shapes: Sequence[Shapes],
+        max_grad_norm: float,
+    ) -> None:
+        self.job = job
+        self.epoch = epoch
+        self.owners = owners
+        self.workers = sorted(set(owners.values()))
+        self._outboxes = outboxes
+        self._shapes = shapes
+        self._clipped = max_grad_norm > 0
+        self._loop = asyncio.get_running_loop()
+        self._failure: asyncio.Future[None] = self._loop.create_future()
+        self._closed = False
+        self._owed: dict[str, int] = dict.fromkeys(self.workers, 0)  # reserved and not yet emitted
+        self._step = 0
+        self._called: set[int] = set()
+        self._norms: dict[str, dict[int, float]] = {}
+        self._total_sent = False
+        self._deltas: dict[str, Delta] = {}
+        self._complete = asyncio.Event()
+        self._last_acks: dict[str, Ack] = {}
+
+    # --- going out --------------------------------------------------------------------------------------------------
+
+    def assign(
+        self,
+        *,
+        step: int,
+        plan: OptimizerPlan,
+        values: str,
+        max_rows: int,
+        shards: Sequence[ShardPlan],
+        parameters: Sequence[Mapping[str, EncodedTensor]],
+    ) -> None:
+        """Hands every worker its shards, with their parameters at version `step`."""
+        self._step = step
+        for worker in self.workers:
+            mine = [s for s in shards if self.owners[s.index] == worker]
+            names = tuple((s.index, name) for s in mine for name in parameters[s.index])
+            self._put(
+                worker,
+                Assign(
+                    job=self.job,
+                    epoch=self.epoch,
+                    step=step,
+                    plan=plan,
+                    values=values,
+                    max_rows=max_rows,
+                    shards=tuple(mine),
+                    names=names,
+                    tensors=tuple(parameters[index][name] for index, name in names),
+                ),
+            )
+
+    async def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Waits until every worker's buffer has room for its part of the next batch.
+
+        Raises: `WorkerLost`, `WorkerBlamed`.
+        """
+        for worker, nbytes in sizes.items():
+            try:
+                await self._or_failure(self._outboxes[worker].reserve(nbytes))
+            except OutboxClosed:
+                raise WorkerLost(worker, "its stream ended") from None
+            self._owed[worker] += nbytes
+
+    def emit(self, worker: str, capture: Capture) -> None:
+        """Queues a capture; called from the numerics thread while the backward pass runs."""
+        self._loop.call_soon_threadsafe(self._emit, worker, capture)
+
+    def end_batch(self, *, batch: int, batches: int, calls: Sequence[Calls]) -> None:
+        """All captures of `batch` are queued; with `batches` > 0 it closes the step."""
+        self._settle()
+        self._called.update(c.index for c in calls)
+        for worker in self.workers:
+            mine = tuple(c for c in calls if self.owners[c.index] == worker)
+            self._put(
+                worker,
+                StepEnd(job=self.job, epoch=self.epoch, batch=batch, step=self._step, batches=batches, calls=mine),
+            )
+
+    async def deltas(self) -> Sequence[Delta]:
+        """The deltas of the step that the last `end_batch` closed, one a worker. Raises: `WorkerLost`, `WorkerBlamed`."""
+        await self._or_failure(self._complete.wait())
+        return [self._deltas[worker] for worker in self.workers]
+
+    def acknowledge(self, digests: Mapping[str, str]) -> None:
+        """The step is folded; `digests` are the server's, by worker. Opens the next step."""
+        for worker in self.workers:
+            self._last_acks[worker] = Ack(job=self.job, epoch=self.epoch, step=self._step, digest=digests[worker])
+            self._put(worker, self._last_acks[worker])
+        self._step += 1
+        self._called = set()
+        self._norms = {}
+        self._total_sent = False
+        self._deltas = {}
+        self._complete.clear()
+
+    def close(self, reason: str, *, keep: bool) -> None:
+        """Takes the job from its workers; who is gone already is not told."""
+        self._closed = True
+        self._settle()
+        for worker in self.workers:
+            self._outboxes[worker].drop_captures(self.job, self.epoch)
+            self._put(worker, Revoke(job=self.job, epoch=self.epoch, reason=reason, keep=keep))
+        if not self._failure.done():
+            self._failure.cancel()
+
+    # --- coming in --------------------------------------------------------------------------------------------------
+
+    def accept(self, worker: str, message: Norm | Delta | Refusal) -> ToWorker | None:
+        """A worker's message about this job and epoch. Returns: what to answer, if anything is to be."""
+        try:
+            if isinstance(message, Refusal):
+                if message.reason != Reason.STALE_EPOCH:
+                    raise _refused(message)
+                return None
+            if message.step < self._step:
+                return self._repeat(worker, message)
+            if message.step > self._step:
+                raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"step {message.step} before step {self._step}")
+            if isinstance(message, Norm):
+                self._accept_norm(worker, message)
+            else:
+                self._accept_delta(worker, message)
+        except ColaError as error:
+            self._fail(WorkerBlamed(worker, self._step, error))
+            return Refusal(self.job, self.epoch, message.step, error.reason, error.message)
+        return None
+
+    def lost(self, worker: str, problem: str) -> None:
+        """A worker of this exchange is gone."""
+        self._fail(WorkerLost(worker, problem))
+
+    def grad_norm(self) -> float:
+        """The global gradient norm of the complete step: fp64 squares summed in site order, whoever owns the sites."""
+        squares = {index: square for delta in self._deltas.values() for index, square in delta.squares}
+        return _norm(squares)
+
+    def _repeat(self, worker: str, message: Norm | Delta) -> ToWorker | None:
+        last = self._last_acks.get(worker)
+        return last if isinstance(message, Delta) and last is not None and last.step == message.step else None
+
+    def _accept_norm(self, worker: str, message: Norm) -> None:
+        self._check_squares(worker, message.squares)
+        self._norms[worker] = dict(message.squares)
+        if self._clipped and not self._total_sent and len(self._norms) == len(self.workers):
+            total = _norm({i: square for squares in self._norms.values() for i, square in squares.items()})
+            self._total_sent = True
+            for owner in self.workers:
+                self._put(owner, NormTotal(job=self.job, epoch=self.epoch, step=self._step, total=total))
+
+    def _accept_delta(self, worker: str, message: Delta) -> None:
+        self._check_squares(worker, message.squares)
+        expected = [(i, name) for i in self._called_of(worker) for name in self._shapes[i]]
+        if list(message.names) != expected:
+            foreign = next((i for i, _ in message.names if self.owners.get(i) != worker), None)
+            if foreign is not None:
+                raise ColaError(Reason.NOT_OWNER, worker=worker, site=foreign, job=self.job)
+            raise ColaError(Reason.DELTA_MISMATCH, step=message.step, problem="other parameters than those of its sites")
+        for (index, name), tensor in zip(message.names, message.tensors, strict=True):
+            shape = self._shapes[index][name]
+            if tensor.codec != "fp32" or tensor.shape != shape or tensor.nbytes != 4 * math.prod(shape):
+                problem = f"shard {index}, {name}: {tensor.codec} {tensor.shape} instead of fp32 {shape}"
+                raise ColaError(Reason.DELTA_MISMATCH, step=message.step, problem=problem)
+        self._deltas.setdefault(worker, message)
+        if len(self._deltas) == len(self.workers):
+            self._complete.set()
+
+    def _check_squares(self, worker: str, squares: Sequence[tuple[int, float]]) -> None:
+        if [index for index, _ in squares] != self._called_of(worker):
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem="norms of other shards than those called")
+        bad = next((index for index, square in squares if not (math.isfinite(square) and square >= 0)), None)
+        if bad is not None:
+            raise ColaError(Reason.NON_FINITE_GRADIENT, site=bad, step=self._step)
+
+    def _called_of(self, worker: str) -> list[int]:
+        return sorted(i for i in self._called if self.owners[i] == worker)
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: WorkerLost | WorkerBlamed) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(error)
+            self._failure.exception()  # seen: nobody may be waiting now, the next waiter will be told
+
+    async def _or_failure(self, work: Coroutine[object, object, T]) -> T:
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            return await task
+        finally:
+            task.cancel()
+
+    def _emit(self, worker: str, capture: Capture) -> None:
+        if not self._closed:  # a job that ended while its batch was still in the model
+            self._owed[worker] -= capture_bytes(capture)
+            self._put(worker, capture)
+
+    def _settle(self) -> None:
+        """Gives back what was reserved and turned out not to be needed."""
+        for worker in self.workers:
+            self._outboxes[worker].release(self._owed[worker])
+            self._owed[worker] = 0
+
+    def _put(self, worker: str, message: ToWorker) -> None:
+        self._outboxes[worker].put(message)
+
+
+def _norm(squares: Mapping[int, float]) -> float:
+    return math.sqrt(sum(squares[index] for index in sorted(squares)))
+
+
+def _refused(message: Refusal) -> ColaError:
+    known = message.reason in Reason.__members__
+    return ColaError.told(Reason(message.reason) if known else Reason.PROTOCOL_VIOLATION, message.message)

@@ -1,0 +1,258 @@
+"""Who attends: workers with their capacity, their streams' ends, and the exchanges that they take part in.
+
+Belongs to the event loop. Nothing here knows gRPC: a stream's servicer reads from `Attendance.outbox`, hands what it
+receives to `Fleet.accept`, and watches `Attendance.ended`.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cola_common import ids
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import WorkerCard
+from cola_common.messages import (
+    PROTOCOL,
+    Credit,
+    Delta,
+    Draining,
+    EncodedTensor,
+    Heartbeat,
+    Hello,
+    Message,
+    Norm,
+    Refusal,
+    Welcome,
+)
+from cola_server.fleet.exchange import Exchange
+from cola_server.fleet.outbox import Outbox
+from cola_server.fleet.placement import Candidate
+
+DELTA_SLACK_BYTES = 1 << 20  # a delta of a job that is over may still arrive; up to this much of it is read and refused
+
+
+@dataclass(frozen=True)
+class FleetLimits:
+    """How streams to workers are bounded."""
+
+    lease_seconds: float = 10.0
+    """Silence after which a worker is lost: five heartbeats."""
+    heartbeat_seconds: float = 2.0
+    window_bytes: int = 256 << 20
+    """Capture bytes of a worker that are on their way or not yet accumulated."""
+    buffer_bytes: int = 4 << 30
+    """Capture bytes that batches may reserve for a worker; the largest batch of a job."""
+    chunk_bytes: int = 1 << 20
+    """Measured best for gRPC: smaller chunks cost calls, larger ones page faults."""
+
+
+class Attendance:
+    """One worker's connected life."""
+
+    def __init__(self, hello: Hello, limits: FleetLimits) -> None:
+        self.worker = hello.worker
+        self.boot = hello.boot
+        self.hello = hello
+        self.session = ids.new("sess")
+        self.outbox = Outbox(window_bytes=limits.window_bytes, buffer_bytes=limits.buffer_bytes)
+        self.exchanges: dict[str, Exchange] = {}
+        self.load: dict[str, int] = {}  # parameter bytes it owns, by job
+        self.last_seen = time.time()
+        self.heard = asyncio.get_running_loop().time()
+        self.draining = False
+        self.ended: asyncio.Future[ColaError | None] = asyncio.get_running_loop().create_future()
+
+    def end(self, error: ColaError | None) -> None:
+        """Asks the servicer to end the stream: with an error, or with a plain Goodbye."""
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+
+class Fleet:
+    """All workers of a server."""
+
+    def __init__(self, limits: FleetLimits) -> None:
+        self.limits = limits
+        self._present: dict[str, Attendance] = {}
+        self._gone: dict[str, WorkerCard] = {}
+        self._quarantined: dict[str, str] = {}
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closing = False
+
+    # --- coming and going -------------------------------------------------------------------------------------------
+
+    def attend(self, hello: Hello) -> tuple[Attendance, Welcome]:
+        """Lets a worker in. Raises: `ColaError` (PROTOCOL_VERSION, WORKER_QUARANTINED, DUPLICATE_WORKER,
+        SERVER_DRAINING, PROTOCOL_VIOLATION)."""
+        if self._closing:
+            raise ColaError(Reason.SERVER_DRAINING)
+        if not hello.protocol_min <= PROTOCOL <= hello.protocol_max:
+            theirs = f"{hello.protocol_min}–{hello.protocol_max}"
+            raise ColaError(Reason.PROTOCOL_VERSION, theirs=theirs, ours=PROTOCOL)
+        if not ids.valid("wkr", hello.worker):
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{hello.worker!r} is no worker id")
+        if hello.worker in self._quarantined:
+            problem = self._quarantined[hello.worker]
+            raise ColaError(Reason.WORKER_QUARANTINED, worker=hello.worker, problem=problem)
+        earlier = self._present.get(hello.worker)
+        if earlier is not None:
+            if earlier.boot > hello.boot:
+                raise ColaError(Reason.DUPLICATE_WORKER, worker=hello.worker)
+            told = ColaError(Reason.DUPLICATE_WORKER, worker=hello.worker) if earlier.boot < hello.boot else None
+            earlier.end(told)
+            self.leave(earlier, "it attended again")
+        attendance = Attendance(hello, self.limits)
+        self._present[hello.worker] = attendance
+        self._gone.pop(hello.worker, None)
+        self._tell()
+        welcome = Welcome(
+            session=attendance.session,
+            lease_seconds=self.limits.lease_seconds,
+            heartbeat_seconds=self.limits.heartbeat_seconds,
+            window_bytes=self.limits.window_bytes,
+            chunk_bytes=self.limits.chunk_bytes,
+        )
+        return attendance, welcome
+
+    def leave(self, attendance: Attendance, problem: str) -> None:
+        """The worker's stream is over; its exchanges are told. Does nothing the second time."""
+        attendance.outbox.close()
+        if self._present.get(attendance.worker) is attendance:
+            self._gone[attendance.worker] = self._card(attendance, "lost")
+            del self._present[attendance.worker]
+        for exchange in list(attendance.exchanges.values()):
+            exchange.lost(attendance.worker, problem)
+        attendance.exchanges.clear()
+        attendance.load.clear()
+        self._tell()
+
+    def quarantine(self, worker: str, problem: str) -> None:
+        """Sends a worker away for good: another worker did not reproduce its bad delta."""
+        self._quarantined[worker] = problem
+        attendance = self._present.get(worker)
+        if attendance is not None:
+            attendance.end(ColaError(Reason.WORKER_QUARANTINED, worker=worker, problem=problem))
+            self.leave(attendance, "quarantined")
+
+    def close(self) -> None:
+        """Says Goodbye to every worker."""
+        self._closing = True
+        for attendance in list(self._present.values()):
+            attendance.end(None)
+
+    # --- what workers say -------------------------------------------------------------------------------------------
+
+    def accept(self, attendance: Attendance, message: Message) -> None:
+        """A message of an attending worker. Raises: `ColaError(PROTOCOL_VIOLATION)`."""
+        attendance.heard = asyncio.get_running_loop().time()
+        attendance.last_seen = time.time()
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Credit):
+            attendance.outbox.credit(message.bytes)
+        elif isinstance(message, Draining):
+            attendance.draining = True
+            self._let_go(attendance)
+            self._tell()
+        elif isinstance(message, Norm | Delta | Refusal):
+            self._accept_for_job(attendance, message)
+        else:
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{type(message).__name__} from a worker")
+
+    def admit(self, attendance: Attendance, message: Message, tensors: Collection[EncodedTensor]) -> None:
+        """Bounds what a worker may send before memory is taken: never more than the parameters it was given.
+
+        Raises: `ColaError(PROTOCOL_VIOLATION)`.
+        """
+        limit = max(attendance.load.values(), default=0) + DELTA_SLACK_BYTES
+        declared = sum(t.nbytes for t in tensors)
+        if declared > limit:
+            problem = f"{type(message).__name__} of {declared} bytes, at most {limit} can be right"
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem=problem)
+
+    def _accept_for_job(self, attendance: Attendance, message: Norm | Delta | Refusal) -> None:
+        exchange = attendance.exchanges.get(message.job)
+        if exchange is None or exchange.epoch != message.epoch:
+            if not isinstance(message, Refusal):
+                current = exchange.epoch if exchange is not None else "none"
+                stale = ColaError(Reason.STALE_EPOCH, epoch=message.epoch, job=message.job, current=current)
+                attendance.outbox.put(
+                    Refusal(message.job, message.epoch, message.step, stale.reason, stale.message)
+                )
+            return
+        answer = exchange.accept(attendance.worker, message)
+        if answer is not None:
+            attendance.outbox.put(answer)
+
+    # --- for the jobs -----------------------------------------------------------------------------------------------
+
+    def candidates(self, *, without: Collection[str] = (), values: str) -> list[Candidate]:
+        """Workers that could take shards now and know the codec `values`."""
+        return [
+            Candidate(
+                worker=a.worker,
+                memory_bytes=a.hello.capacity.memory_bytes,
+                gflops=a.hello.capacity.gflops,
+                load=sum(a.load.values()),
+            )
+            for a in self._present.values()
+            if not a.draining and a.worker not in without and values in a.hello.codecs
+        ]
+
+    def outboxes(self, workers: Collection[str]) -> dict[str, Outbox]:
+        """Where messages to these workers, each of which must attend, wait."""
+        return {worker: self._present[worker].outbox for worker in workers}
+
+    def open(self, exchange: Exchange, loads: Mapping[str, int]) -> None:
+        """Routes the job's messages to `exchange`. `loads` are the parameter bytes that it puts on each worker."""
+        for worker in exchange.workers:
+            self._present[worker].exchanges[exchange.job] = exchange
+            self._present[worker].load[exchange.job] = loads[worker]
+
+    def release(self, exchange: Exchange, reason: str, *, keep: bool) -> None:
+        """Ends an exchange and frees its workers of the job."""
+        exchange.close(reason, keep=keep)
+        for worker in exchange.workers:
+            attendance = self._present.get(worker)
+            if attendance is not None and attendance.exchanges.get(exchange.job) is exchange:
+                del attendance.exchanges[exchange.job]
+                del attendance.load[exchange.job]
+                self._let_go(attendance)
+        self._tell()
+
+    def change(self) -> asyncio.Future[None]:
+        """Done at the next coming, going or release. Take it before looking, then await it."""
+        return self._changed
+
+    def cards(self) -> list[WorkerCard]:
+        """Every worker that attended since the server started."""
+        here = [self._card(a, "draining" if a.draining else "attending") for a in self._present.values()]
+        gone = [
+            card.model_copy(update={"status": "quarantined"}) if card.id in self._quarantined else card
+            for card in self._gone.values()
+        ]
+        return sorted(here + gone, key=lambda card: card.id)
+
+    def _let_go(self, attendance: Attendance) -> None:
+        if attendance.draining and not attendance.exchanges:
+            attendance.end(None)
+
+    def _card(self, attendance: Attendance, status: Literal["attending", "draining", "lost"]) -> WorkerCard:
+        capacity = attendance.hello.capacity
+        return WorkerCard(
+            id=attendance.worker,
+            status=status,
+            cores=capacity.cores,
+            memory_bytes=capacity.memory_bytes,
+            device=capacity.device,
+            gflops=capacity.gflops,
+            shards=sum(list(e.owners.values()).count(attendance.worker) for e in attendance.exchanges.values()),
+            last_seen=attendance.last_seen,
+        )
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.get_running_loop().create_future()
+        if not changed.done():
+            changed.set_result(None)

@@ -1,0 +1,142 @@
+"""Opens the database: makes it where there is none, brings its schema up to date, refuses a damaged one by name.
+
+A SQLite file is made under another name and renamed, so that a file by the right name is always a whole database: one
+that is empty or has no schema was damaged, and is never silently recreated.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError
+
+from cola_common.errors import ColaError, Reason
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+BUSY_SECONDS = 30
+"""How long a SQLite writer waits for another: writers here hold the lock for a few milliseconds."""
+
+
+class Database:
+    """An open database of the newest schema."""
+
+    def __init__(self, url: str) -> None:
+        """Raises: `ColaError(INVALID_CONFIG)` for a URL that means nothing, `ColaError(INVALID_FILE)` for a database
+        that is damaged, not one of ours, or of a newer schema than this code's.
+        """
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise ColaError(Reason.INVALID_CONFIG, setting="database", problem=str(error)) from None
+        self.fresh: bool
+        """Whether this call made it."""
+        if parsed.get_backend_name() == "sqlite":
+            self.engine, self.fresh = _open_file(parsed)
+        else:
+            self.engine = create_engine(parsed)
+            with self.engine.begin() as connection:
+                self.fresh = _migrate(connection, parsed.render_as_string())
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that may write: on SQLite it holds the writer's lock from its start, so that what it reads
+        stays true until it commits.
+        """
+        with self.engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.engine.dispose()
+
+
+def _open_file(url: URL) -> tuple[Engine, bool]:
+    if not url.database or url.database == ":memory:":
+        raise ColaError(Reason.INVALID_CONFIG, setting="database", problem="jobs must outlive the server; name a file")
+    path = Path(url.database)
+    fresh = not path.exists()
+    if fresh:
+        _make_file(url, path)
+    elif path.stat().st_size == 0:
+        raise ColaError(Reason.INVALID_FILE, file=path, problem="the database is empty; restore it from a copy")
+    engine = _sqlite_engine(url)
+    try:
+        with engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+            if found != "ok":
+                raise ColaError(Reason.INVALID_FILE, file=path, problem=f"the database is damaged: {found}")
+            if MigrationContext.configure(connection).get_current_revision() is None:
+                raise ColaError(Reason.INVALID_FILE, file=path, problem="not a database of this program")
+            _migrate(connection, str(path))
+    except DatabaseError as error:
+        engine.dispose()
+        raise ColaError(Reason.INVALID_FILE, file=path, problem=f"the database is damaged: {error.orig}") from error
+    except ColaError:
+        engine.dispose()
+        raise
+    return engine, fresh
+
+
+def _make_file(url: URL, path: Path) -> None:
+    unborn = path.with_name(path.name + ".new")
+    for suffix in ("", "-wal", "-shm"):
+        unborn.with_name(unborn.name + suffix).unlink(missing_ok=True)
+    engine = _sqlite_engine(url.set(database=str(unborn)))
+    with engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
+        _migrate(connection, str(unborn))
+    engine.dispose()  # the last connection to close moves the log into the file
+    unborn.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver begins no transactions by itself: they begin below
+        for pragma in (
+            "foreign_keys = ON",
+            "journal_mode = WAL",  # readers do not wait for a writer
+            "synchronous = FULL",  # what is committed stays committed after a power cut: epochs must never repeat
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("cola_writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _migrate(connection: Connection, name: str) -> bool:
+    """Brings the schema up to date. Returns: whether there was none."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    current = MigrationContext.configure(connection).get_current_revision()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if current is not None and current not in known:
+        problem = f"the database has schema {current} of a newer version of this program"
+        raise ColaError(Reason.INVALID_FILE, file=name, problem=problem)
+    command.upgrade(config, "head")
+    return current is None

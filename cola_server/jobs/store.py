@@ -1,0 +1,369 @@
+"""Jobs, their events and metrics, files and checkpoints, in an SQL database. Knows no rules but those that a database
+must keep: a status moves along legal transitions, events are only appended, a repeated step overwrites, a key that
+was seen before makes nothing new.
+
+Synchronous; any thread may call. What a method did is committed when it returns.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cola_common import ids
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import (
+    Checkpoint,
+    FileObject,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobSpec,
+    JobStatus,
+    StepMetrics,
+    check_transition,
+)
+from cola_server.jobs import records
+from cola_server.jobs.database import Database
+from cola_server.jobs.tables import CheckpointRow, EventRow, FileRow, JobRow, MetricsRow
+
+Level = Literal["info", "warn", "error"]
+EventType = Literal["message", "metrics", "status"]
+
+TERMINAL = tuple(status.value for status in JobStatus if status.terminal)
+
+
+class JobStore:
+    """All records of a server, at a database URL such as `sqlite:////var/lib/cola/cola.db`."""
+
+    def __init__(self, url: str) -> None:
+        """Raises: as `cola_server.jobs.database.Database`."""
+        self._database = Database(url)
+        self._callbacks: tuple[Callable[[str], None], ...] = ()
+        self._lock = threading.Lock()  # guards `_callbacks`
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there was no database and this object made one."""
+        return self._database.fresh
+
+    def close(self) -> None:
+        """Closes the database."""
+        self._database.close()
+
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Has `callback` called with a job's id after each commit that changed the job or its events.
+
+        It is called on the thread that committed and must neither block nor raise. Returns: what ends it.
+        """
+        with self._lock:
+            self._callbacks = (*self._callbacks, callback)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._callbacks = tuple(each for each in self._callbacks if each is not callback)
+
+        return unsubscribe
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    def create_job(self, spec: JobSpec, idempotency_key: str | None = None) -> Job:
+        """A new job in `validating_files`, or the one that this key made before.
+
+        Raises: `ColaError(UNKNOWN_FILE | UNKNOWN_CHECKPOINT)` for what the spec names and is not here;
+        `ColaError(INVALID_JOB)` for a key that made a job of another spec.
+        """
+        with self._writing() as session:
+            if (row := self._keyed_job(session, spec, idempotency_key)) is not None:
+                return records.job(row)
+            for file in _files_of(spec):
+                _file(session, file)
+            if spec.adapter.init_from is not None and spec.adapter.init_from not in _files_of(spec):
+                _checkpoint(session, spec.adapter.init_from)
+            row = JobRow(
+                id=ids.new("ftjob"),
+                idempotency_key=idempotency_key,
+                spec=spec.model_dump(mode="json"),
+                status=JobStatus.VALIDATING_FILES.value,
+                created_at=time.time(),
+            )
+            session.add(row)
+            session.flush()
+            job = records.job(row)
+        self._changed(job.id)
+        return job
+
+    def job_by_key(self, spec: JobSpec, idempotency_key: str) -> Job | None:
+        """The job that this key made, if it made one. Raises: `ColaError(INVALID_JOB)` if that is of another spec."""
+        with self._reading() as session:
+            row = self._keyed_job(session, spec, idempotency_key)
+            return None if row is None else records.job(row)
+
+    def job(self, id: str) -> Job:
+        """Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._reading() as session:
+            return records.job(_job(session, id))
+
+    def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]:
+        """Jobs, newest first, older than `after`. Raises: `ColaError(UNKNOWN_JOB)` for an unknown `after`."""
+        query = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
+        with self._reading() as session:
+            if after is not None:
+                query = query.where(JobRow.number < _job(session, after).number)
+            return [records.job(row) for row in session.scalars(query)]
+
+    def unfinished(self) -> list[Job]:
+        """All jobs that are not in a terminal status, oldest first."""
+        query = select(JobRow).where(JobRow.status.not_in(TERMINAL)).order_by(JobRow.number)
+        with self._reading() as session:
+            return [records.job(row) for row in session.scalars(query)]
+
+    def transition(
+        self,
+        id: str,
+        status: JobStatus,
+        *,
+        error: JobFailure | None = None,
+        fine_tuned_model: str | None = None,
+        event: str | None = None,
+        level: Level = "info",
+    ) -> Job:
+        """Moves a job to `status`; `event`, if given, is told with it in the same commit.
+
+        Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`.
+        """
+        with self._writing() as session:
+            row = _job(session, id, lock=True)
+            check_transition(id, JobStatus(row.status), status)
+            now = time.time()
+            row.status = status.value
+            if status == JobStatus.RUNNING:
+                row.started_at = row.started_at or now
+            else:
+                row.waiting_for_workers = False
+                row.estimated_finish = None
+            if status.terminal:
+                row.finished_at = now
+            if error is not None:
+                row.error = error.model_dump(mode="json")
+            if fine_tuned_model is not None:
+                row.fine_tuned_model = fine_tuned_model
+            if event is not None:
+                _append(session, row, event, level, "status", {"status": status.value})
+            job = records.job(row)
+        self._changed(id)
+        return job
+
+    def set_total_steps(self, id: str, total_steps: int) -> None:
+        """Notes how many steps the job takes, once its files have been read. Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._writing() as session:
+            _job(session, id, lock=True).total_steps = total_steps
+        self._changed(id)
+
+    def set_waiting(self, id: str, waiting: bool) -> None:
+        """Notes whether the job waits for workers. Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._writing() as session:
+            _job(session, id, lock=True).waiting_for_workers = waiting
+        self._changed(id)
+
+    def progress(self, id: str, *, step: int, trained_tokens: int, estimated_finish: float | None = None) -> None:
+        """Notes how far the job is; a rewind takes it back. Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._writing() as session:
+            row = _job(session, id, lock=True)
+            row.step, row.trained_tokens, row.estimated_finish = step, trained_tokens, estimated_finish
+        self._changed(id)
+
+    def begin_epoch(self, id: str) -> int:
+        """The next epoch of a job, on disk before this returns: no epoch is ever given out twice.
+
+        Raises: `ColaError(UNKNOWN_JOB)`.
+        """
+        with self._writing() as session:
+            row = _job(session, id, lock=True)
+            row.epoch += 1
+            epoch = row.epoch
+        self._changed(id)
+        return epoch
+
+    # --- events and metrics -----------------------------------------------------------------------------------------
+
+    def add_event(
+        self,
+        job: str,
+        message: str,
+        level: Level = "info",
+        type: EventType = "message",
+        data: dict[str, float | str] | None = None,
+    ) -> JobEvent:
+        """Appends an event to a job's log; the first has id 1. Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._writing() as session:
+            event = records.event(_append(session, _job(session, job, lock=True), message, level, type, data or {}))
+        self._changed(job)
+        return event
+
+    def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]:
+        """Events later than `after`, oldest first. Raises: `ColaError(UNKNOWN_JOB)`."""
+        query = select(EventRow).where(EventRow.job == job, EventRow.id > after).order_by(EventRow.id).limit(limit)
+        with self._reading() as session:
+            _job(session, job)
+            return [records.event(row) for row in session.scalars(query)]
+
+    def put_metrics(self, job: str, metrics: StepMetrics) -> None:
+        """Stores a step's metrics; those of an earlier run of the same step go. Raises: `ColaError(UNKNOWN_JOB)`."""
+        with self._writing() as session:
+            _job(session, job)
+            session.merge(MetricsRow(job=job, **metrics.model_dump()))
+
+    def metrics(self, job: str, after_step: int = 0) -> list[StepMetrics]:
+        """The metrics of all steps later than `after_step`, in order. Raises: `ColaError(UNKNOWN_JOB)`."""
+        query = select(MetricsRow).where(MetricsRow.job == job, MetricsRow.step > after_step).order_by(MetricsRow.step)
+        with self._reading() as session:
+            _job(session, job)
+            return [records.metrics(row) for row in session.scalars(query)]
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def add_file(self, file: FileObject, idempotency_key: str | None = None) -> FileObject:
+        """Notes an uploaded file. Returns: it, or the one that this key made before.
+
+        Raises: `ColaError(INVALID_FILE)` for a key that made a file of other bytes.
+        """
+        with self._writing() as session:
+            if idempotency_key is not None:
+                known = session.scalar(select(FileRow).where(FileRow.idempotency_key == idempotency_key))
+                if known is not None:
+                    if (known.digest, known.filename, known.purpose) != (file.digest, file.filename, file.purpose):
+                        problem = "the idempotency key was used for another file; make a new key"
+                        raise ColaError(Reason.INVALID_FILE, file=file.filename, problem=problem)
+                    return records.file(known)
+            session.add(FileRow(idempotency_key=idempotency_key, **file.model_dump(exclude={"object"})))
+        return file
+
+    def file(self, id: str) -> FileObject:
+        """Raises: `ColaError(UNKNOWN_FILE)`."""
+        with self._reading() as session:
+            return records.file(_file(session, id))
+
+    def files(self, after: str | None = None, limit: int = 20) -> list[FileObject]:
+        """Files, newest first, older than `after`. Raises: `ColaError(UNKNOWN_FILE)` for an unknown `after`."""
+        query = select(FileRow).order_by(FileRow.number.desc()).limit(limit)
+        with self._reading() as session:
+            if after is not None:
+                query = query.where(FileRow.number < _file(session, after).number)
+            return [records.file(row) for row in session.scalars(query)]
+
+    def delete_file(self, id: str) -> None:
+        """Forgets a file. Raises: `ColaError(UNKNOWN_FILE)`; `ColaError(FILE_IN_USE)` while a job needs it."""
+        with self._writing() as session:
+            row = _file(session, id)
+            for user in session.scalars(select(JobRow).where(JobRow.status.not_in(TERMINAL))):
+                if id in _files_of(JobSpec.model_validate(user.spec)):
+                    raise ColaError(Reason.FILE_IN_USE, file=id, job=user.id)
+            session.delete(row)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def add_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Notes a checkpoint. Returns: it, or the one that the job has of this step: a repeated step makes no second.
+
+        Raises: `ColaError(UNKNOWN_JOB)`.
+        """
+        with self._writing() as session:
+            _job(session, checkpoint.job)
+            known = session.scalar(
+                select(CheckpointRow).where(
+                    CheckpointRow.job == checkpoint.job, CheckpointRow.step_number == checkpoint.step_number
+                )
+            )
+            if known is not None:
+                return records.checkpoint(known)
+            session.add(CheckpointRow(**checkpoint.model_dump(exclude={"object"})))
+        return checkpoint
+
+    def checkpoint(self, id: str) -> Checkpoint:
+        """Raises: `ColaError(UNKNOWN_CHECKPOINT)`."""
+        with self._reading() as session:
+            return records.checkpoint(_checkpoint(session, id))
+
+    def checkpoints(self, job: str, after: str | None = None, limit: int = 20) -> list[Checkpoint]:
+        """A job's checkpoints, newest first, older than `after`.
+
+        Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(UNKNOWN_CHECKPOINT)` for an unknown `after`.
+        """
+        query = select(CheckpointRow).where(CheckpointRow.job == job).order_by(CheckpointRow.number.desc()).limit(limit)
+        with self._reading() as session:
+            _job(session, job)
+            if after is not None:
+                query = query.where(CheckpointRow.number < _checkpoint(session, after).number)
+            return [records.checkpoint(row) for row in session.scalars(query)]
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with self._database.reading() as connection, Session(connection) as session:
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with self._database.writing() as connection, Session(connection) as session:
+            yield session
+            session.flush()
+
+    def _changed(self, job: str) -> None:
+        for callback in self._callbacks:
+            callback(job)
+
+    @staticmethod
+    def _keyed_job(session: Session, spec: JobSpec, key: str | None) -> JobRow | None:
+        if key is None:
+            return None
+        row = session.scalar(select(JobRow).where(JobRow.idempotency_key == key))
+        if row is not None and JobSpec.model_validate(row.spec) != spec:
+            problem = f"was used for another spec, of job {row.id}; make a new key"
+            raise ColaError(Reason.INVALID_JOB, param="idempotency_key", problem=problem)
+        return row
+
+
+def _files_of(spec: JobSpec) -> Sequence[str]:
+    """The ids of all files that a job needs."""
+    named = (spec.training_file, spec.validation_file)
+    source = spec.adapter.init_from
+    return [id for id in named if id is not None] + ([source] if source is not None and ids.valid("file", source) else [])
+
+
+def _job(session: Session, id: str, *, lock: bool = False) -> JobRow:
+    query = select(JobRow).where(JobRow.id == id)
+    row = session.scalar(query.with_for_update() if lock else query)
+    if row is None:
+        raise ColaError(Reason.UNKNOWN_JOB, job=id)
+    return row
+
+
+def _file(session: Session, id: str) -> FileRow:
+    row = session.scalar(select(FileRow).where(FileRow.id == id))
+    if row is None:
+        raise ColaError(Reason.UNKNOWN_FILE, file=id)
+    return row
+
+
+def _checkpoint(session: Session, id: str) -> CheckpointRow:
+    row = session.scalar(select(CheckpointRow).where(CheckpointRow.id == id))
+    if row is None:
+        raise ColaError(Reason.UNKNOWN_CHECKPOINT, checkpoint=id)
+    return row
+
+
+def _append(
+    session: Session, row: JobRow, message: str, level: str, type: str, data: dict[str, float | str]
+) -> EventRow:
+    row.last_event += 1
+    event = EventRow(
+        job=row.id, id=row.last_event, created_at=time.time(), level=level, type=type, message=message, data=data
+    )
+    session.add(event)
+    return event

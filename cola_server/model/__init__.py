@@ -1,0 +1,24 @@
+"""The base model and what jobs do with it. Synchronous; one thread at a time for each base model."""
+
+from cola_server.model.adapted import JobAdapter
+from cola_server.model.base import BaseModel
+from cola_server.model.load import load
+from cola_server.model.merging import Merging
+from cola_server.model.probe import probe
+from cola_server.model.site import Site
+from cola_server.model.step import BatchResult, JobBatch, evaluate, train
+from cola_server.model.taps import Sink
+
+__all__ = [
+    "BaseModel",
+    "BatchResult",
+    "JobAdapter",
+    "JobBatch",
+    "Merging",
+    "Sink",
+    "Site",
+    "evaluate",
+    "load",
+    "probe",
+    "train",
+]

@@ -1,0 +1,133 @@
+"""One step of the base model for a cohort: forward, every job's own loss, backward. Parameters get no gradient here and
+there is no optimizer.
+
+A job's loss is the mean over its own target tokens, as if it ran alone: who shares the batch does not matter.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import Calls
+from cola_server.model.adapted import JobAdapter
+from cola_server.model.base import BaseModel
+from cola_server.model.taps import Member, Sink, Taps
+
+IGNORED = -100
+"""The label of what is no target, as in transformers and torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobBatch:
+    """One batch of one job: right-padded and on the CPU, padding by the mask and never by token id."""
+
+    input_ids: torch.Tensor
+    """(B, T), int64."""
+    attention_mask: torch.Tensor
+    """(B, T), int64: 0 is padding."""
+    labels: torch.Tensor
+    """(B, T) with -100 for what is no target, shifted here as transformers does; (B,) for classification."""
+    adapter: JobAdapter
+    merged: bool = False
+    sink: Sink | None = None
+    """Where captures go; `train` needs one, `evaluate` does not look at it."""
+    job: str = ""
+    step: int = 0
+    """Named in errors."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch was."""
+
+    loss: float
+    """Mean over target tokens (examples for classification); 0 where there are none."""
+    tokens: int
+    """That are no padding."""
+    target_tokens: int
+    calls: tuple[Calls, ...]
+    """Of the shards whose site was called, in site order."""
+
+
+def train(base: BaseModel, cohort: Sequence[JobBatch]) -> list[BatchResult]:
+    """One forward and backward pass; every job's captures are in its sink when it returns, in backward order.
+
+    All batches have one padded length. A merged job is a cohort of its own, and `Merging` has merged it before.
+    Raises: `ColaError(NON_FINITE_LOSS)` before anything is captured, with the job in its details;
+    what a sink raises.
+    """
+    with _taps(base, cohort, capture=True) as taps:
+        sums, targets = _losses(base, cohort)
+        losses = [total / max(count, 1) for total, count in zip(sums, targets, strict=True)]
+        values = torch.stack([loss.detach() for loss in losses]).tolist()
+        for batch, loss, value in zip(cohort, losses, values, strict=True):
+            if not math.isfinite(value):
+                raise ColaError(Reason.NON_FINITE_LOSS, step=batch.step, job=batch.job)
+            assert loss.requires_grad, "the loss does not depend on any site"
+        torch.autograd.backward(losses)
+        return [
+            BatchResult(loss=value, tokens=member.tokens, target_tokens=count, calls=taps.calls(number))
+            for number, (value, member, count) in enumerate(zip(values, taps.cohort, targets, strict=True))
+        ]
+
+
+def evaluate(base: BaseModel, cohort: Sequence[JobBatch]) -> list[tuple[float, int]]:
+    """The sum of every job's losses over its targets, and how many targets there are. Captures nothing."""
+    with torch.no_grad(), _taps(base, cohort, capture=False):
+        sums, targets = _losses(base, cohort)
+    return list(zip(torch.stack(sums).tolist(), targets, strict=True))
+
+
+def _taps(base: BaseModel, cohort: Sequence[JobBatch], *, capture: bool) -> Taps:
+    length = cohort[0].input_ids.shape[1]
+    assert all(batch.input_ids.shape[1] == length for batch in cohort), "batches of a cohort have one padded length"
+    assert len(cohort) == 1 or not any(batch.merged for batch in cohort), "a merged job is a cohort of its own"
+    return Taps(base.module, _members(base, cohort), length, capture=capture)
+
+
+def _members(base: BaseModel, cohort: Sequence[JobBatch]) -> list[Member]:
+    members = []
+    for batch in cohort:
+        tokens = int(batch.attention_mask.sum())
+        padded = tokens < batch.attention_mask.numel()
+        members.append(
+            Member(
+                adapter=batch.adapter,
+                merged=batch.merged,
+                examples=len(batch.input_ids),
+                rows=batch.attention_mask.flatten().nonzero().flatten().to(base.device) if padded else None,
+                tokens=tokens,
+                sink=batch.sink,
+            )
+        )
+    return members
+
+
+def _losses(base: BaseModel, cohort: Sequence[JobBatch]) -> tuple[list[torch.Tensor], list[int]]:
+    """Every job's loss, summed over its targets, and the number of those."""
+    input_ids = torch.cat([batch.input_ids for batch in cohort]).to(base.device)
+    attention_mask = torch.cat([batch.attention_mask for batch in cohort]).to(base.device)
+    logits = base.module(input_ids=input_ids, attention_mask=attention_mask).logits
+    parts = logits.split([len(batch.input_ids) for batch in cohort]) if len(cohort) > 1 else (logits,)
+    sums, targets = [], []
+    for batch, own in zip(cohort, parts, strict=True):
+        labels = batch.labels
+        if base.task == "causal-lm":
+            # Position t predicts token t + 1; the last predicts nothing. Logits stay whole, a slice would be a copy.
+            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        else:
+            own = own[:, : batch.adapter.sites[-1].d_out]
+        targets.append(int((labels != IGNORED).sum()))
+        sums.append(
+            functional.cross_entropy(
+                own.reshape(-1, own.shape[-1]).float(),
+                labels.flatten().to(base.device),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+        )
+    return sums, targets

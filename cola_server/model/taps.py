@@ -1,0 +1,209 @@
+"""Taps: what is put on the cohort's sites while one step runs, and taken off after it.
+
+At a site with output h = module(x), for the rows of each job:
+
+    ĥ = h + s·f_w(x)      the adapter is part of the graph, so that the backward pass runs through it too;
+    ĥ = h                 if the job is merged: its adapter already is in the module's weight;
+    ĥ = f_w(x)            at a classification head, which is the job's own.
+
+Nothing but ĥ's gradient g = ∂L/∂ĥ is needed of the backward pass: parameters, the base's and the adapters', require
+no gradient. Captures are taken in the backward pass, where also under gradient checkpointing each call is seen once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from cola_common.adapters import Adapter, Parameters
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import Calls
+from cola_server.model.adapted import JobAdapter
+from cola_server.model.site import Site
+
+
+class Sink(Protocol):
+    """Where one job's captures of one batch go."""
+
+    def capture(
+        self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None
+    ) -> None:
+        """Call number `call` of `site`, numbered as the backward pass meets them.
+
+        x (…, d_in) and g (…, d_out) hold the job's own rows as the site saw them; `rows` numbers those that are no
+        padding, once the leading dimensions are flattened; None: all. Both belong to autograd and must not be changed.
+        May run on a thread of autograd's.
+        """
+
+
+@dataclass(frozen=True)
+class Member:
+    """A job in a cohort: `examples` rows of the (B, T) batch, after those of the members before it."""
+
+    adapter: JobAdapter
+    merged: bool
+    examples: int
+    rows: torch.Tensor | None
+    """Numbers of the tokens that are no padding in the flattened examples·T, on the base's device; None: all."""
+    tokens: int
+    """How many those are."""
+    sink: Sink | None
+    """None where nothing is captured."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A member at a site."""
+
+    member: int
+    site: Site
+    adapter: Adapter
+    parameters: Parameters
+
+
+@dataclass
+class _Tapped:
+    """A module that is a site of at least one member."""
+
+    pieces: dict[int, _Piece] = field(default_factory=dict)
+    """By member."""
+    calls: int = 0
+    """That the backward pass has met so far."""
+
+
+class Taps:
+    """Context manager; `length` is the cohort's padded T. With `capture` the backward pass must run inside of it."""
+
+    def __init__(self, module: nn.Module, cohort: Sequence[Member], length: int, *, capture: bool) -> None:
+        self._module = module
+        self.cohort = tuple(cohort)
+        self._length = length
+        self._capture = capture
+        self._tapped: dict[str, _Tapped] = {}
+        for number, member in enumerate(cohort):
+            of_member = zip(member.adapter.sites, member.adapter.adapters, member.adapter.parameters, strict=True)
+            for site, adapter, parameters in of_member:
+                tapped = self._tapped.setdefault(site.name, _Tapped())
+                tapped.pieces[number] = _Piece(number, site, adapter, parameters)
+        # The graph starts where this enters it, at the first site: nothing below is differentiated.
+        self._root = torch.zeros((), requires_grad=capture)
+        self._inputs: dict[tuple[int, int, int], int] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, tapped in self._tapped.items():
+            module = self._module.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(self._hook(tapped)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def calls(self, number: int) -> tuple[Calls, ...]:
+        """The shards of a member that the backward pass has met, in site order."""
+        member = self.cohort[number]
+        return tuple(
+            Calls(
+                index=site.index,
+                calls=count,
+                rows=count * site.rows(tokens=member.tokens, examples=member.examples),
+            )
+            for site in member.adapter.sites
+            if (count := self._tapped[site.name].calls)
+        )
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def _hook(self, tapped: _Tapped) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> torch.Tensor:
+            x = args[0]
+            self._check(tapped, x)
+            adapted = self._adapted(tapped, x, h)
+            return _Tap.apply(self._root, adapted, x, self, tapped) if self._capture else adapted
+
+        return hook
+
+    def _check(self, tapped: _Tapped, x: torch.Tensor) -> None:
+        """A site may see rows in no other layout than in the probe: the slices would be other jobs' rows."""
+        site = next(iter(tapped.pieces.values())).site
+        examples = sum(member.examples for member in self.cohort)
+        wanted = {
+            "tokens": (examples, self._length),
+            "flat": (examples * self._length,),
+            "examples": (examples,),
+        }[site.layout]
+        if tuple(x.shape[:-1]) != wanted:
+            problem = f"shape {tuple(x.shape)} where the probe found {site.layout}"
+            raise ColaError(Reason.UNKNOWN_LAYOUT, site=site.name, problem=problem)
+
+    def _adapted(self, tapped: _Tapped, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        if len(self.cohort) == 1:
+            return self._output(tapped.pieces[0], x, h)
+        # split, not slices: its backward pass joins the parts once instead of adding up mostly empty tensors.
+        xs, hs = (value.split(self._sizes(tapped)) for value in (x, h))
+        outputs = [
+            self._output(tapped.pieces[number], xs[number], hs[number]) if number in tapped.pieces else hs[number]
+            for number in range(len(self.cohort))
+        ]
+        width = max(output.shape[-1] for output in outputs)  # heads differ in their label counts
+        return torch.cat([nn.functional.pad(output, (0, width - output.shape[-1])) for output in outputs])
+
+    def _output(self, piece: _Piece, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        if piece.adapter.replaces:
+            return piece.adapter.forward(piece.parameters, x)
+        if self.cohort[piece.member].merged:
+            return h
+        return h + piece.adapter.forward(piece.parameters, x)
+
+    def _sizes(self, tapped: _Tapped) -> list[int]:
+        """Lengths of the members' parts along the first dimension of what the site sees."""
+        flat = next(iter(tapped.pieces.values())).site.layout == "flat"
+        return [member.examples * (self._length if flat else 1) for member in self.cohort]
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+
+    def captured(self, tapped: _Tapped, x: torch.Tensor, g: torch.Tensor) -> None:
+        """The backward pass is at a call of the site: hands each member its part."""
+        call = tapped.calls
+        tapped.calls += 1
+        sizes = self._sizes(tapped)
+        xs, gs = (value.split(sizes) if len(sizes) > 1 else (value,) for value in (x, g))
+        for number, piece in tapped.pieces.items():
+            member = self.cohort[number]
+            assert member.sink is not None, "a captured batch has somewhere to go"
+            self._check_shared(number, piece.site, call, x)
+            rows = None if piece.site.layout == "examples" else member.rows
+            member.sink.capture(piece.site, call, xs[number], gs[number][..., : piece.site.d_out], rows)
+
+    def _check_shared(self, number: int, site: Site, call: int, x: torch.Tensor) -> None:
+        """As x is sent once for a group and call: the sites of a group must meet the same one."""
+        if self._inputs.setdefault((number, site.group, call), x.data_ptr()) != x.data_ptr():
+            problem = "it does not share its input as the probe found"
+            raise ColaError(Reason.UNKNOWN_LAYOUT, site=site.name, problem=problem)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on ĥ, which tells `taps` of (x, g) when the backward pass comes by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, root: torch.Tensor, adapted: torch.Tensor, x: torch.Tensor, taps: Taps, tapped: _Tapped
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.taps = taps
+        ctx.tapped = tapped
+        return adapted.view_as(adapted)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None, None]:
+        (g,) = gradients
+        (x,) = ctx.saved_tensors
+        ctx.taps.captured(ctx.tapped, x, g)
+        return None, g if ctx.needs_input_grad[1] else None, None, None, None

@@ -1,0 +1,113 @@
+"""The base models of a server, and whether a job's spec fits one of them."""
+
+import difflib
+import math
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cola_common.adapters import Parameters, peft_format
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import JobSpec, ModelCard
+from cola_common.tensor import nbytes
+from cola_server.jobs import Artefacts
+from cola_server.model import BaseModel, JobAdapter, Site, probe
+from cola_server.training.numerics import Numerics
+
+PAD_MULTIPLE = 16
+
+
+class Catalogue:
+    """Models by name, with what the probe found of each (model, adapter, fold)."""
+
+    def __init__(
+        self,
+        models: Mapping[str, BaseModel],
+        numerics: Numerics,
+        artefacts: Artefacts,
+        *,
+        buffer_bytes: int,
+        window_bytes: int,
+    ) -> None:
+        self._models = models
+        self._numerics = numerics
+        self._artefacts = artefacts
+        self._buffer_bytes = buffer_bytes
+        self._window_bytes = window_bytes
+        self._sites: dict[tuple[str, str, str, int | None], tuple[Site, ...]] = {}
+        self._lock = threading.Lock()
+
+    def cards(self) -> list[ModelCard]:
+        """What clients see of the models."""
+        return [
+            ModelCard(
+                id=name,
+                task=m.task,
+                dtype=str(m.dtype).removeprefix("torch."),
+                device=str(m.device),
+                parameters=m.parameters,
+            )
+            for name, m in self._models.items()
+        ]
+
+    def model(self, name: str) -> BaseModel:
+        """Raises: `ColaError(UNKNOWN_MODEL)` with the names that there are, nearest first."""
+        if name not in self._models:
+            near = difflib.get_close_matches(name, self._models, n=3) or sorted(self._models)
+            raise ColaError(Reason.UNKNOWN_MODEL, model=name, known=", ".join(near))
+        return self._models[name]
+
+    def sites(self, spec: JobSpec, labels: int | None) -> tuple[Site, ...]:
+        """The sites that a job adapts. May wait for the numerics thread: not for the event loop, not for that thread.
+
+        Raises: `ColaError` (UNKNOWN_MODEL, UNKNOWN_TARGET, RANK_TOO_LARGE, UNKNOWN_LAYOUT, TIED_WEIGHTS,
+        NOT_MERGEABLE).
+        """
+        base = self.model(spec.model)
+        key = (spec.model, spec.adapter.model_dump_json(exclude={"init_from"}), spec.fold, labels)
+        with self._lock:
+            if key not in self._sites:
+                self._sites[key] = self._numerics.call(probe, base, spec.adapter, labels=labels, fold=spec.fold)
+            return self._sites[key]
+
+    def check(self, spec: JobSpec) -> None:
+        """What can be known of a job before its data is read.
+
+        Raises: as `sites` and `start`, and `ColaError(BATCH_TOO_LARGE)`.
+        """
+        base = self.model(spec.model)
+        labels = 2 if base.task == "sequence-classification" else None  # any count will do: the head is small
+        sites = self.sites(spec, labels)
+        length = math.ceil(spec.hyperparameters.max_length / PAD_MULTIPLE) * PAD_MULTIPLE
+        rows = spec.hyperparameters.batch_size * length
+        total = capture_bytes(sites, spec.wire.values, tokens=rows, examples=spec.hyperparameters.batch_size)
+        if total > self._buffer_bytes:
+            raise ColaError(Reason.BATCH_TOO_LARGE, bytes=total, limit=self._buffer_bytes)
+        largest = max(nbytes(spec.wire.values, (rows, max(s.d_in, s.d_out))) for s in sites)
+        if largest > self._window_bytes:
+            raise ColaError(Reason.BATCH_TOO_LARGE, bytes=largest, limit=self._window_bytes)
+        if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
+            JobAdapter.initial(sites, spec.seed, torch.device("cpu"), self.start(spec))
+
+    def start(self, spec: JobSpec) -> Mapping[str, Parameters] | None:
+        """Where the job's adapter starts, by site, if it continues from another.
+
+        Raises: `ColaError` (UNKNOWN_FILE, UNKNOWN_CHECKPOINT, INVALID_ADAPTER).
+        """
+        source = spec.adapter.init_from
+        return None if source is None else peft_format.load(self._artefacts.adapter_path(source)).shards
+
+
+
+def capture_bytes(sites: Sequence[Site], values: str, *, tokens: int, examples: int) -> int:
+    """What the captures of a batch weigh on the wire: x once for a group and call, g for every site and call."""
+    seen: set[int] = set()
+    total = 0
+    for site in sites:
+        rows = site.rows(tokens=tokens, examples=examples)
+        total += site.calls * nbytes(values, (rows, site.d_out))
+        if site.group not in seen:
+            seen.add(site.group)
+            total += site.calls * nbytes(values, (rows, site.d_in))
+    return total

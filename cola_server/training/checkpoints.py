@@ -1,0 +1,45 @@
+"""What a user downloads: the adapter at a step, in PEFT's format or the project's own, and merged as a full model."""
+
+import time
+
+from cola_common import ids
+from cola_common.adapters import peft_format
+from cola_common.jobs import Checkpoint, StepMetrics
+from cola_server.model import JobAdapter
+from cola_server.training.prepared import Prepared
+from cola_server.training.services import Services
+
+
+def write_checkpoint(
+    services: Services, prepared: Prepared, job: str, adapter: JobAdapter, metrics: StepMetrics
+) -> Checkpoint:
+    """Writes the files, then the record that makes them visible."""
+    shards = [
+        peft_format.Shard(site.name, site.family, parameters)
+        for site, parameters in zip(prepared.sites, adapter.state(), strict=True)
+    ]
+    checkpoint = ids.new("ftckpt")
+    digest = services.artefacts.write_checkpoint(
+        checkpoint,
+        lambda folder: peft_format.export(
+            folder,
+            shards,
+            base_model=prepared.base.path,
+            task=prepared.base.task,
+            head_name=prepared.base.head_name,
+            fan_in_fan_out=any(site.kind == "conv1d" for site in prepared.sites),
+        ),
+    )
+    losses = {"train_loss": metrics.train_loss}
+    if metrics.valid_loss is not None:
+        losses["valid_loss"] = metrics.valid_loss
+    record = Checkpoint(
+        id=checkpoint,
+        job=job,
+        step_number=metrics.step,
+        created_at=time.time(),
+        metrics=losses,
+        digest=digest,
+    )
+    services.store.add_checkpoint(record)
+    return record

@@ -1,0 +1,54 @@
+"""What a job is made of once its files are read: data, sites, plan, and where its adapter starts."""
+
+from cola_common.adapters import build
+from cola_common.jobs import Job
+from cola_common.messages import OptimizerPlan
+from cola_common.schedules import warmup_steps
+from cola_server.jobs import Artefacts
+from cola_server.model import BaseModel, Site
+from cola_server.training import data
+from cola_server.training.catalogue import Catalogue
+
+
+class Prepared:
+    """Reads and checks all that a job needs. May wait for the numerics thread. Raises: `ColaError`."""
+
+    def __init__(self, job: Job, catalogue: Catalogue, artefacts: Artefacts) -> None:
+        spec, h = job.spec, job.spec.hyperparameters
+        self.spec = spec
+        self.base: BaseModel = catalogue.model(spec.model)
+        read = artefacts.file_path
+        self.training = data.read(read(spec.training_file), self.base.task, self.base.tokenizer, h.max_length)
+        self.validation = (
+            data.read(read(spec.validation_file), self.base.task, self.base.tokenizer, h.max_length)
+            if spec.validation_file is not None
+            else None
+        )
+        labels = len(self.training.label_names) if self.training.label_names else None
+        self.sites = catalogue.sites(spec, labels)
+        self.batches = data.Batches(self.training, h.batch_size, spec.seed, h.shuffle)
+        self.total_steps = data.total_steps(len(self.training.examples), h)
+        self.total_batches = (
+            h.max_steps * h.adaptation_interval if h.max_steps else h.n_epochs * self.batches.per_epoch
+        )
+        self.plan = OptimizerPlan(
+            optimizer=h.optimizer,
+            learning_rate=h.learning_rate,
+            momentum=h.momentum,
+            nesterov=h.nesterov,
+            weight_decay=h.weight_decay,
+            max_grad_norm=h.max_grad_norm,
+            lr_scheduler_type=h.lr_scheduler_type,
+            warmup_steps=warmup_steps(h.warmup_ratio, self.total_steps),
+            total_steps=self.total_steps,
+        )
+        self.start = catalogue.start(spec)
+
+    @property
+    def pad_id(self) -> int:
+        return self.base.tokenizer.pad_token_id
+
+    @staticmethod
+    def parameter_bytes(site: Site) -> int:
+        """The fp32 bytes of a site's shard."""
+        return build(site.family, site.d_in, site.d_out).cost(0).parameter_bytes

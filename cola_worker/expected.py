@@ -1,0 +1,104 @@
+"""What an assignment says that the worker will be sent: the bound of every buffer, known before memory is taken."""
+
+from cola_common.adapters import build
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import Assign, Capture, EncodedTensor, Message, Part, payload
+from cola_common.tensor import CODECS, nbytes
+
+MAX_CALLS = 4096  # of one site in one batch; deeper recurrence than any model has, and a bound on what x are kept
+
+
+class Expected:
+    """The captures of one assignment, from its `Assign`.
+
+    Raises: `ColaError` (UNSUPPORTED_CODEC, PROTOCOL_VIOLATION) when the assignment contradicts itself.
+    """
+
+    def __init__(self, assign: Assign) -> None:
+        if assign.values not in CODECS:
+            raise ColaError(Reason.UNSUPPORTED_CODEC, codec=assign.values, known=", ".join(CODECS))
+        self.epoch = assign.epoch
+        self._codec = assign.values
+        self._max_rows = assign.max_rows
+        self._widths = {("g", s.index): s.d_out for s in assign.shards}
+        for shard in assign.shards:
+            if self._widths.setdefault(("x", shard.group), shard.d_in) != shard.d_in:
+                raise violation(f"group {shard.group} has inputs of two widths")
+        self.largest_bytes = max((nbytes(self._codec, (self._max_rows, w)) for w in self._widths.values()), default=0)
+        """Of one tensor of a capture."""
+        self.parameter_bytes = sum(t.nbytes for t in assign.tensors)
+        self._check_parameters(assign)
+
+    def check(self, capture: Capture) -> None:
+        """Raises `ColaError(PROTOCOL_VIOLATION)` unless every tensor is one that the assignment allows."""
+        if len(capture.parts) != len(capture.tensors) or len(set(capture.parts)) != len(capture.parts):
+            raise violation("a capture's parts do not match its tensors")
+        for part, tensor in zip(capture.parts, capture.tensors, strict=True):
+            width = self._widths.get((part.kind, part.index))
+            if width is None or not 0 <= part.call < MAX_CALLS:
+                raise violation(f"{_named(part)} is not assigned here")
+            rows = tensor.shape[0] if tensor.shape else 0
+            if tensor.codec != self._codec or tensor.shape != (rows, width) or not 0 <= rows <= self._max_rows:
+                problem = f"{_named(part)} is {tensor.codec} {tensor.shape}"
+                raise violation(f"{problem}, not {self._codec} (up to {self._max_rows}, {width})")
+            _check_size(_named(part), tensor)
+
+    @staticmethod
+    def _check_parameters(assign: Assign) -> None:
+        shapes = {s.index: build(s.family, s.d_in, s.d_out).shapes() for s in assign.shards}
+        expected = [(index, name, shape) for index, of_shard in shapes.items() for name, shape in of_shard.items()]
+        sent = [(*name, tensor.shape) for name, tensor in zip(assign.names, assign.tensors, strict=False)]
+        if len(shapes) != len(assign.shards) or len(assign.names) != len(assign.tensors) or sent != expected:
+            raise violation("an assignment's tensors are not its shards' parameters")
+        for (index, name), tensor in zip(assign.names, assign.tensors, strict=True):
+            if tensor.codec != "fp32":
+                raise violation(f"parameter {name} of shard {index} is {tensor.codec}, not fp32")
+            _check_size(f"parameter {name} of shard {index}", tensor)
+
+
+class Admission:
+    """Judges each message of one stream by its header, before the message's bytes are given room.
+
+    It belongs to whoever reads the stream: an `Assign` bounds the captures behind it as soon as it is read, however
+    long the trainer takes to get to it.
+    """
+
+    def __init__(self, *, memory_bytes: int, window_bytes: int) -> None:
+        self._memory = memory_bytes
+        self._window = window_bytes
+        self._jobs: dict[str, Expected] = {}
+        self._largest = 0
+
+    def admit(self, message: Message) -> None:
+        """Raises: `ColaError(PROTOCOL_VIOLATION)` for what the stream's peer has no reason to send."""
+        if isinstance(message, Assign):
+            expected = Expected(message)
+            if expected.parameter_bytes > self._memory:
+                raise violation(f"{expected.parameter_bytes} bytes of parameters for {self._memory} bytes of memory")
+            self._jobs[message.job] = expected
+            self._largest = max(self._largest, expected.largest_bytes)
+        elif isinstance(message, Capture):
+            # The peer sends what its window allows, and a single tensor where that alone is larger. A capture of an
+            # epoch that is over has this bound only: it will be refused, but it must be read first.
+            limit = self._window + self._largest
+            if sum(t.nbytes for t in message.tensors) > limit:
+                raise violation(f"a capture of more than {limit} bytes")
+            expected = self._jobs.get(message.job)
+            if expected is not None and expected.epoch == message.epoch:
+                expected.check(message)
+        elif payload(message):
+            raise violation(f"{type(message).__name__} from a server")
+
+
+def _check_size(what: str, tensor: EncodedTensor) -> None:
+    if tensor.nbytes != nbytes(tensor.codec, tensor.shape):
+        raise violation(f"{what} is {tensor.nbytes} bytes long, which its shape is not")
+
+
+def _named(part: Part) -> str:
+    return f"{part.kind} of {'group' if part.kind == 'x' else 'shard'} {part.index}, call {part.call}"
+
+
+def violation(problem: str) -> ColaError:
+    """What the peer did wrong, as an error."""
+    return ColaError(Reason.PROTOCOL_VIOLATION, problem=problem)

@@ -1,0 +1,73 @@
+"""One shard in its owner's memory: parameters, optimizer and digest."""
+
+from collections.abc import Mapping
+
+import torch
+
+from cola_common.adapters import build
+from cola_common.adapters.base import Parameters
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import EncodedTensor, OptimizerPlan, ShardPlan
+from cola_common.tensor import decode, digest, encode
+
+
+class Shard:
+    """Parameters and optimizer state are fp32 on the CPU; `parameters` must be this object's own."""
+
+    def __init__(self, plan: ShardPlan, parameters: Parameters, optimizer: OptimizerPlan) -> None:
+        self.plan = plan
+        self.adapter = build(plan.family, plan.d_in, plan.d_out)
+        self.parameters = {name: parameters[name] for name in self.adapter.shapes()}
+        self.digest = digest.state(self.parameters)
+        """Chained over the deltas since the shard was assigned."""
+        self._optimizer = _optimizer(self.parameters, optimizer)
+
+    def step(self, gradient: Parameters, rate: float) -> tuple[EncodedTensor, ...]:
+        """One optimizer step at learning rate `rate`. Returns: the delta of each parameter, in their order.
+
+        The parameters end as old + decoded delta, which is what the server's fold makes of them, and not as the
+        optimizer left them: the two can differ in the last bit.
+        """
+        old = {name: p.clone() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            p.grad = gradient[name]
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        deltas = []
+        for name, p in self.parameters.items():
+            p.grad = None
+            deltas.append(encode(p - old[name], "fp32"))
+            torch.add(old[name], decode(deltas[-1]), out=p)
+        self.digest = digest.chain(self.digest, tuple(self.parameters), deltas)
+        return tuple(deltas)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors as `<parameter>.<entry>`; none before the first step."""
+        return {
+            f"{name}.{entry}": value
+            for name, p in self.parameters.items()
+            for entry, value in self._optimizer.state[p].items()
+            if isinstance(value, torch.Tensor)  # SGD without momentum keeps a None
+        }
+
+    def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from what `optimizer_state` returned; the tensors become this object's own."""
+        for key, value in state.items():
+            name, entry = key.rsplit(".", 1)
+            self._optimizer.state[self.parameters[name]][entry] = value
+
+
+def _optimizer(parameters: Parameters, plan: OptimizerPlan) -> torch.optim.Optimizer:
+    """torch's own, with torch's defaults for what the plan does not say; the rate is set at each step."""
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters.values(),
+            lr=plan.learning_rate,
+            momentum=plan.momentum,
+            nesterov=plan.nesterov,
+            weight_decay=plan.weight_decay,
+        )
+    raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"optimizer {plan.optimizer!r} is not known here")
