@@ -2,7 +2,7 @@
 
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
-from cola_common.messages import Assign, Capture, EncodedTensor, Message, Part, payload
+from cola_common.messages import Assign, Capture, EncodedTensor, Part, ToWorker
 from cola_common.tensor import CODECS, nbytes
 
 MAX_CALLS = 4096  # of one site in one batch; deeper recurrence than any model has, and a bound on what x are kept
@@ -67,27 +67,28 @@ class Admission:
         self._memory = memory_bytes
         self._window = window_bytes
         self._jobs: dict[str, Expected] = {}
-        self._largest = 0
 
-    def admit(self, message: Message) -> None:
-        """Raises: `ColaError(PROTOCOL_VIOLATION)` for what the stream's peer has no reason to send."""
+    def admit(self, message: ToWorker) -> None:
+        """Raises: `ColaError` (STALE_EPOCH, PROTOCOL_VIOLATION, UNSUPPORTED_CODEC) for what must not be read."""
         if isinstance(message, Assign):
             expected = Expected(message)
             if expected.parameter_bytes > self._memory:
                 raise violation(f"{expected.parameter_bytes} bytes of parameters for {self._memory} bytes of memory")
             self._jobs[message.job] = expected
-            self._largest = max(self._largest, expected.largest_bytes)
         elif isinstance(message, Capture):
-            # The peer sends what its window allows, and a single tensor where that alone is larger. A capture of an
-            # epoch that is over has this bound only: it will be refused, but it must be read first.
-            limit = self._window + self._largest
+            current = self._jobs.get(message.job)
+            if current is None or current.epoch != message.epoch:
+                at = "none" if current is None else current.epoch
+                raise ColaError(Reason.STALE_EPOCH, epoch=message.epoch, job=message.job, current=at)
+            current.check(message)
+            # A server sends what the window allows, and a single tensor where that alone is larger.
+            limit = self._window + current.largest_bytes
             if sum(t.nbytes for t in message.tensors) > limit:
                 raise violation(f"a capture of more than {limit} bytes")
-            expected = self._jobs.get(message.job)
-            if expected is not None and expected.epoch == message.epoch:
-                expected.check(message)
-        elif payload(message):
-            raise violation(f"{type(message).__name__} from a server")
+
+    def forget(self, job: str) -> None:
+        """The job is revoked: nothing of it is expected any more."""
+        self._jobs.pop(job, None)
 
 
 def _check_size(what: str, tensor: EncodedTensor) -> None:

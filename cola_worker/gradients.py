@@ -21,7 +21,7 @@ from cola_worker.shard import Shard
 class _Input:
     """An x, as long as shards of its group lack their g for that call."""
 
-    x_ND: torch.Tensor
+    x: torch.Tensor
     waiting: set[int]
 
 
@@ -65,7 +65,7 @@ class Gradients:
             raise violation(f"captures of (shard: calls, rows) {came} came, {announced} were announced")
 
     def mean(self, batches: int) -> dict[int, Parameters]:
-        """The mean over `batches` batches, for each shard that was called in any, in site order. Ends this object's use."""
+        """The mean over `batches` batches for each shard that was called in any, in site order. The last call."""
         for gradient in self._sums.values():
             for values in gradient.values():
                 values.div_(batches)
@@ -83,14 +83,14 @@ class Gradients:
         kept = self._inputs.get(key)
         if kept is None or part.index not in kept.waiting:
             raise violation(f"{part} came twice or before its x")
-        if len(kept.x_ND) != len(g_NO):
-            raise violation(f"{part} has {len(g_NO)} rows, its x {len(kept.x_ND)}")
+        if len(kept.x) != len(g_NO):
+            raise violation(f"{part} has {len(g_NO)} rows, its x {len(kept.x)}")
         kept.waiting.remove(part.index)
         if not kept.waiting:
             del self._inputs[key]
         self._calls[part.index] += 1
         self._rows[part.index] += len(g_NO)
-        gradient = shard.adapter.vjp(shard.parameters, kept.x_ND, g_NO)
+        gradient = shard.adapter.vjp(shard.parameters, kept.x, g_NO)
         so_far = self._sums.setdefault(part.index, gradient)
         if so_far is not gradient:
             for name, values in gradient.items():

@@ -59,7 +59,7 @@ class Shard:
 
 
 def _optimizer(parameters: Parameters, plan: OptimizerPlan) -> torch.optim.Optimizer:
-    """torch's own, with torch's defaults for what the plan does not say; the rate is set at each step."""
+    """One of torch's own, with its defaults for what the plan does not say; the rate is set at each step."""
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     if plan.optimizer == "sgd":

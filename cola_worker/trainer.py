@@ -49,7 +49,7 @@ Squares = tuple[tuple[int, float], ...]
 class Trainer:
     """The jobs of one connected life. Not thread-safe: one thread calls it.
 
-    `shards` is where optimizer state is kept for a later life; job ids must be of the form that `ids.new("ftjob")` makes.
+    `shards` is where optimizer state is kept for a later life. Job ids have the form that `ids.new("ftjob")` gives.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -63,14 +63,9 @@ class Trainer:
         bytes of a capture are credited in any case.
         """
         try:
-            answers = self._follow(message)
+            return [*self._follow(message), *_credit(message)]
         except ColaError as error:
-            step = 0 if isinstance(message, Capture | Revoke) else message.step
-            answers = [Refusal(message.job, message.epoch, step, error.reason, error.message)]
-        if isinstance(message, Capture):
-            nbytes = sum(t.nbytes for t in message.tensors)
-            answers.append(Credit(message.job, message.epoch, message.batch, nbytes))
-        return answers
+            return refuse(message, error)
 
     def close(self) -> None:
         """Keeps the optimizer state of every job: the server may ask for the shards again in the next life."""
@@ -130,6 +125,19 @@ class Trainer:
         except OSError as error:  # a full disk costs the job its optimizer's memory, and no other job anything
             log.warning("a job's optimizer state is not kept", job=name, step=job.step, error=str(error))
             self._shards.drop(name)
+
+
+def refuse(message: ToTrainer, error: ColaError) -> list[ToServer]:
+    """What to answer to a message that is not followed, or not even read."""
+    step = 0 if isinstance(message, Capture | Revoke) else message.step
+    return [Refusal(message.job, message.epoch, step, error.reason, error.message), *_credit(message)]
+
+
+def _credit(message: ToTrainer) -> list[ToServer]:
+    """A capture's bytes are done with, however it went."""
+    if not isinstance(message, Capture):
+        return []
+    return [Credit(message.job, message.epoch, message.batch, sum(t.nbytes for t in message.tensors))]
 
 
 class _Job:

@@ -20,7 +20,7 @@ MAX_CONFIG_BYTES = 1 << 20
 """A configuration that lists every site of the largest models by its full path is below 100 KiB."""
 
 MAX_WEIGHTS_BYTES = 16 << 30
-"""Reading takes at most twice this in memory (bf16 becomes fp32): full matrices for all linears of a 4B model in fp32."""
+"""Full fp32 matrices for all linears of a 4B model. Read, it takes up to twice this in memory: bf16 becomes fp32."""
 
 _DTYPES = frozenset({"F32", "F16", "BF16"})
 

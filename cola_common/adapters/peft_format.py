@@ -37,8 +37,7 @@ class _LoraConfig(BaseModel):
     lora_alpha: float = Field(gt=0, allow_inf_nan=False)
     use_rslora: bool = False
     bias: Literal["none"] = "none"
-    # The other ways to initialise take their part out of the base weights: the adapter fits no original model.
-    init_lora_weights: bool | None | Literal["gaussian", "eva", "orthogonal"] = True
+    init_lora_weights: bool | str | None = True
     modules_to_save: list[str] | None = None
 
     @property
@@ -53,6 +52,10 @@ _WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 """Fields that may say anything: what they tell of is in the weights file's keys, or belongs to starting or to dropout.
 Every other field must be empty, so that a variant of LoRA that came after this was written is refused, not misread."""
+
+_INITS_BESIDE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
+"""Named ways to start that leave the base weights alone. PiSSA, OLoRA, CorDA and LoftQ take the adapter's start out of
+them, so that what they saved fits a changed base model only."""
 
 
 def export(
@@ -127,6 +130,10 @@ def load(folder: Path, *, source: str | None = None) -> Imported:
         if value and field not in _WITHOUT_EFFECT:
             raise files.refused(source, f"{CONFIG}: {field} is set; only plain LoRA of one rank is understood")
 
+    init = config.init_lora_weights
+    if isinstance(init, str) and init not in _INITS_BESIDE_BASE:
+        raise files.refused(source, f"{CONFIG}: init_lora_weights={init!r} changes the base model")
+
     shards: dict[str, Parameters] = {}
     saved: dict[str, Parameters] = {}
     for key, tensor in files.read_tensors(folder / WEIGHTS, source).items():
@@ -154,8 +161,8 @@ def load(folder: Path, *, source: str | None = None) -> Imported:
 def _task_type(task: Task, head_name: str | None) -> str | None:
     if task == "causal-lm":
         return "CAUSAL_LM"
-    # PEFT's SEQ_CLS looks for a module `classifier` or `score` to save in full, whatever modules_to_save says: with a head
-    # elsewhere (RoBERTa's classifier.out_proj) it would want all of `classifier`. Without a task it takes our word.
+    # PEFT's SEQ_CLS wants all of a module `classifier` or `score`, whatever modules_to_save says. For a head elsewhere
+    # (RoBERTa's classifier.out_proj) that is too much; without a task it takes our word.
     return "SEQ_CLS" if head_name is not None and head_name.rpartition(".")[2] in ("classifier", "score") else None
 
 

@@ -20,7 +20,7 @@ def split(address: str) -> tuple[str, int]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `HOST:PORT` can only be reached from this machine. A name other than `localhost` is taken to be outside."""
+    """Whether `HOST:PORT` is this machine only. A name other than `localhost` is taken to be outside."""
     host, _ = split(address)
     if host == "localhost":
         return True

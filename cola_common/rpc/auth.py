@@ -20,7 +20,6 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("/", CLIENT),
 )
 
-Details = grpc.HandlerCallDetails
 Handler = grpc.RpcMethodHandler[Any, Any]
 
 
@@ -34,7 +33,7 @@ def role(method: str) -> str:
     return next(role for start, role in ROLES if method.startswith(start))
 
 
-class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class TokenAuth(grpc.aio.ServerInterceptor):
     """Refuses calls without their role's token: UNAUTHENTICATED, or PERMISSION_DENIED for the other role's token.
 
     A role whose token is None is open to all: for servers on loopback.
@@ -44,13 +43,15 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._tokens = {CLIENT: client_token, WORKER: worker_token}
 
     async def intercept_service(
-        self, continuation: Callable[[Details], Awaitable[Handler]], details: Details
-    ) -> Handler:
-        """gRPC's hook: runs when a call's headers are here, before its body."""
-        error = self._check(details)
-        return await continuation(details) if error is None else _refuse(error)
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Runs when a call's headers are here, before its body."""
+        error = self._check(handler_call_details)
+        return await continuation(handler_call_details) if error is None else _refuse(error)
 
-    def _check(self, details: Details) -> ColaError | None:
+    def _check(self, details: grpc.HandlerCallDetails) -> ColaError | None:
         wanted = role(details.method)
         needed = self._tokens.get(wanted)
         if needed is None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from cola_common.errors import CATALOGUE, ColaError, Reason
 
@@ -65,7 +65,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         raise
     except ColaError as error:
         await abort(context, error)
-    except Exception:
+    except Exception:  # noqa: BLE001 — the boundary of a call, which logs it
         _log.exception("a call failed")
         await abort(context, ColaError(Reason.INTERNAL, problem="an unexpected error; the server's log has it"))
 

@@ -1,8 +1,8 @@
 """fp16 with one power of two for the whole tensor.
 
 fp16 has 11 significant bits but few exponents, and gradients of 1e-6 and less would flush to zero in it. So the values
-are divided by 2^e first, with e such that the largest magnitude comes to lie in [2¹⁴, 2¹⁵): it cannot overflow, also
-not by rounding, and 28 octaves below it keep all their bits. A power of two costs no bits itself.
+are divided by 2^e first, with e such that the largest magnitude comes to lie in [2¹⁴, 2¹⁵): fp16
+cannot overflow, also not by rounding, and 28 octaves below it keep all their bits. A power of two costs no bits itself.
 """
 
 import math
@@ -18,7 +18,7 @@ from cola_common.tensor.codec import Codec, elements, values
 class Fp16(Codec):
     """|error| ≤ max(2⁻¹¹·|v|, 2⁻³⁹·m), m the largest magnitude, give or take the last bit of an fp32 denormal (2⁻¹⁴⁹).
 
-    Nothing finite becomes infinite.
+    Magnitudes of 2¹²⁸·(1 - 2⁻¹²) and more become infinite, as they round to 2¹²⁸.
     """
 
     name = "fp16"

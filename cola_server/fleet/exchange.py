@@ -192,6 +192,10 @@ class Exchange:
             return Refusal(self.job, self.epoch, message.step, error.reason, error.message)
         return None
 
+    def refuse(self, worker: str, error: ColaError) -> None:
+        """A worker's answer could not even be read."""
+        self._fail(WorkerBlamed(worker, self._step, error))
+
     def lost(self, worker: str, problem: str) -> None:
         """A worker of this exchange is gone."""
         self._fail(WorkerLost(worker, problem))

@@ -62,9 +62,12 @@ class Outbox:
             self._queue.append(message)
             self._wake()
 
-    async def next(self) -> ToWorker:
-        """The next message that may be sent now. Raises: `OutboxClosed`."""
-        await self._until(self._sendable)
+    async def next(self) -> ToWorker | None:
+        """The next message that may be sent now; None once this is closed."""
+        try:
+            await self._until(self._sendable)
+        except OutboxClosed:
+            return None
         message = self._queue.popleft()
         self._in_flight += capture_bytes(message)
         return message

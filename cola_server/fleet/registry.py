@@ -18,13 +18,13 @@ from cola_common.messages import (
     Credit,
     Delta,
     Draining,
-    EncodedTensor,
     Heartbeat,
     Hello,
     Message,
     Norm,
     Refusal,
     Welcome,
+    payload,
 )
 from cola_server.fleet.exchange import Exchange
 from cola_server.fleet.outbox import Outbox
@@ -60,7 +60,6 @@ class Attendance:
         self.exchanges: dict[str, Exchange] = {}
         self.load: dict[str, int] = {}  # parameter bytes it owns, by job
         self.last_seen = time.time()
-        self.heard = asyncio.get_running_loop().time()
         self.draining = False
         self.ended: asyncio.Future[ColaError | None] = asyncio.get_running_loop().create_future()
 
@@ -146,7 +145,6 @@ class Fleet:
 
     def accept(self, attendance: Attendance, message: Message) -> None:
         """A message of an attending worker. Raises: `ColaError(PROTOCOL_VIOLATION)`."""
-        attendance.heard = asyncio.get_running_loop().time()
         attendance.last_seen = time.time()
         if isinstance(message, Heartbeat):
             return
@@ -161,16 +159,23 @@ class Fleet:
         else:
             raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{type(message).__name__} from a worker")
 
-    def admit(self, attendance: Attendance, message: Message, tensors: Collection[EncodedTensor]) -> None:
+    def admit(self, attendance: Attendance, message: Message) -> None:
         """Bounds what a worker may send before memory is taken: never more than the parameters it was given.
 
         Raises: `ColaError(PROTOCOL_VIOLATION)`.
         """
         limit = max(attendance.load.values(), default=0) + DELTA_SLACK_BYTES
-        declared = sum(t.nbytes for t in tensors)
+        declared = sum(t.nbytes for t in payload(message))
         if declared > limit:
             problem = f"{type(message).__name__} of {declared} bytes, at most {limit} can be right"
             raise ColaError(Reason.PROTOCOL_VIOLATION, problem=problem)
+
+    def refuse(self, attendance: Attendance, message: Message, error: ColaError) -> None:
+        """A message that `admit` refused: its job, if it is under way, goes on without this worker."""
+        if isinstance(message, Delta):
+            exchange = attendance.exchanges.get(message.job)
+            if exchange is not None and exchange.epoch == message.epoch:
+                exchange.refuse(attendance.worker, error)
 
     def _accept_for_job(self, attendance: Attendance, message: Norm | Delta | Refusal) -> None:
         exchange = attendance.exchanges.get(message.job)

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 import stat
+import struct
 import time
 import zipfile
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ ADAPTERS = (
     {"cola_adapter.json", "cola_adapter.safetensors"},
 )
 """The members that a zip of an adapter has: PEFT's format or the project's own."""
+WANTED = " or ".join(" and ".join(sorted(names)) for names in ADAPTERS)
+
+MAX_TABLE_BYTES = 4096
+"""The table of contents of such a zip takes under 300 bytes; extra fields may double it."""
 
 # First bytes of formats that run code when they are opened, or expand to any size. A pickle begins with PROTO and its
 # protocol's number; the zip is that of .pt and .npz, and fine only as an adapter.
@@ -174,6 +179,7 @@ def unpack_adapter(path: Path, name: str, folder: Path) -> None:
     Raises: `ColaError(INVALID_FILE | UNSAFE_FORMAT | UNSAFE_NAME)`; `folder` may then hold a part.
     """
     try:
+        _check_directory(path, name)
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_members(members, name, path.stat().st_size)
@@ -184,13 +190,31 @@ def unpack_adapter(path: Path, name: str, folder: Path) -> None:
         _refuse(name, f"not a whole zip archive: {error}")
 
 
+def _check_directory(path: Path, name: str) -> None:
+    """Refuses a table of contents of more than two members before `zipfile` takes memory for it.
+
+    The record at a zip's end (22 bytes): signature, four numbers of 2 bytes, the last of which counts members, the
+    table's size and offset in 4 bytes each, and the length of a comment, which has none here. Archives of 4 GiB have
+    another in front of it, found by a signature 20 bytes before.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 42))
+        end = file.read()
+    if len(end) < 42 or end[20:24] != b"PK\x05\x06" or end[:4] == b"PK\x06\x07":
+        _refuse(name, "not a plain zip archive")
+    members, table_bytes = struct.unpack("<HL", end[30:36])
+    if members != 2 or table_bytes > MAX_TABLE_BYTES:
+        _refuse(name, f"an adapter is a zip of {WANTED}")
+
+
 def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
     for member in members:
         mode = member.external_attr >> 16
+        if (format := SUFFIXES.get(Path(member.filename).suffix.lower())) is not None:
+            raise ColaError(Reason.UNSAFE_FORMAT, file=name, format=format)
         if member.filename not in set.union(*ADAPTERS):
-            plain = check_name(member.filename)
-            _refuse(name, f"{plain!r} does not belong into an adapter")
-        if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
+            _refuse(name, f"{check_name(member.filename)!r} does not belong into an adapter")
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             _refuse(name, f"{member.filename} is no regular file")
         if member.flag_bits & 0x1:
             _refuse(name, f"{member.filename} is encrypted")
@@ -200,8 +224,7 @@ def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None
             _refuse(name, f"{member.filename} is too large")
     names = [member.filename for member in members]
     if len(names) != len(set(names)) or set(names) not in ADAPTERS:
-        wanted = " or ".join(" and ".join(sorted(names)) for names in ADAPTERS)
-        _refuse(name, f"an adapter is a zip of {wanted}")
+        _refuse(name, f"an adapter is a zip of {WANTED}")
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

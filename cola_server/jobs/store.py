@@ -7,7 +7,7 @@ Synchronous; any thread may call. What a method did is committed when it returns
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -27,7 +27,7 @@ from cola_common.jobs import (
     StepMetrics,
     check_transition,
 )
-from cola_server.jobs import records
+from cola_server.jobs import records, rows
 from cola_server.jobs.database import Database
 from cola_server.jobs.tables import CheckpointRow, EventRow, FileRow, JobRow, MetricsRow
 
@@ -80,10 +80,8 @@ class JobStore:
         with self._writing() as session:
             if (row := self._keyed_job(session, spec, idempotency_key)) is not None:
                 return records.job(row)
-            for file in _files_of(spec):
-                _file(session, file)
-            if spec.adapter.init_from is not None and spec.adapter.init_from not in _files_of(spec):
-                _checkpoint(session, spec.adapter.init_from)
+            for source in rows.sources_of(spec):
+                rows.find_source(session, source)
             row = JobRow(
                 id=ids.new("ftjob"),
                 idempotency_key=idempotency_key,
@@ -106,14 +104,14 @@ class JobStore:
     def job(self, id: str) -> Job:
         """Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._reading() as session:
-            return records.job(_job(session, id))
+            return records.job(rows.find_job(session, id))
 
     def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]:
         """Jobs, newest first, older than `after`. Raises: `ColaError(UNKNOWN_JOB)` for an unknown `after`."""
         query = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
         with self._reading() as session:
             if after is not None:
-                query = query.where(JobRow.number < _job(session, after).number)
+                query = query.where(JobRow.number < rows.find_job(session, after).number)
             return [records.job(row) for row in session.scalars(query)]
 
     def unfinished(self) -> list[Job]:
@@ -137,7 +135,7 @@ class JobStore:
         Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`.
         """
         with self._writing() as session:
-            row = _job(session, id, lock=True)
+            row = rows.find_job(session, id, lock=True)
             check_transition(id, JobStatus(row.status), status)
             now = time.time()
             row.status = status.value
@@ -153,7 +151,7 @@ class JobStore:
             if fine_tuned_model is not None:
                 row.fine_tuned_model = fine_tuned_model
             if event is not None:
-                _append(session, row, event, level, "status", {"status": status.value})
+                rows.append_event(session, row, event, level, "status", {"status": status.value})
             job = records.job(row)
         self._changed(id)
         return job
@@ -161,19 +159,19 @@ class JobStore:
     def set_total_steps(self, id: str, total_steps: int) -> None:
         """Notes how many steps the job takes, once its files have been read. Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._writing() as session:
-            _job(session, id, lock=True).total_steps = total_steps
+            rows.find_job(session, id, lock=True).total_steps = total_steps
         self._changed(id)
 
     def set_waiting(self, id: str, waiting: bool) -> None:
         """Notes whether the job waits for workers. Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._writing() as session:
-            _job(session, id, lock=True).waiting_for_workers = waiting
+            rows.find_job(session, id, lock=True).waiting_for_workers = waiting
         self._changed(id)
 
     def progress(self, id: str, *, step: int, trained_tokens: int, estimated_finish: float | None = None) -> None:
         """Notes how far the job is; a rewind takes it back. Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._writing() as session:
-            row = _job(session, id, lock=True)
+            row = rows.find_job(session, id, lock=True)
             row.step, row.trained_tokens, row.estimated_finish = step, trained_tokens, estimated_finish
         self._changed(id)
 
@@ -183,7 +181,7 @@ class JobStore:
         Raises: `ColaError(UNKNOWN_JOB)`.
         """
         with self._writing() as session:
-            row = _job(session, id, lock=True)
+            row = rows.find_job(session, id, lock=True)
             row.epoch += 1
             epoch = row.epoch
         self._changed(id)
@@ -201,7 +199,8 @@ class JobStore:
     ) -> JobEvent:
         """Appends an event to a job's log; the first has id 1. Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._writing() as session:
-            event = records.event(_append(session, _job(session, job, lock=True), message, level, type, data or {}))
+            row = rows.find_job(session, job, lock=True)
+            event = records.event(rows.append_event(session, row, message, level, type, data or {}))
         self._changed(job)
         return event
 
@@ -209,20 +208,20 @@ class JobStore:
         """Events later than `after`, oldest first. Raises: `ColaError(UNKNOWN_JOB)`."""
         query = select(EventRow).where(EventRow.job == job, EventRow.id > after).order_by(EventRow.id).limit(limit)
         with self._reading() as session:
-            _job(session, job)
+            rows.find_job(session, job)
             return [records.event(row) for row in session.scalars(query)]
 
     def put_metrics(self, job: str, metrics: StepMetrics) -> None:
         """Stores a step's metrics; those of an earlier run of the same step go. Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._writing() as session:
-            _job(session, job)
+            rows.find_job(session, job)
             session.merge(MetricsRow(job=job, **metrics.model_dump()))
 
     def metrics(self, job: str, after_step: int = 0) -> list[StepMetrics]:
         """The metrics of all steps later than `after_step`, in order. Raises: `ColaError(UNKNOWN_JOB)`."""
         query = select(MetricsRow).where(MetricsRow.job == job, MetricsRow.step > after_step).order_by(MetricsRow.step)
         with self._reading() as session:
-            _job(session, job)
+            rows.find_job(session, job)
             return [records.metrics(row) for row in session.scalars(query)]
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -246,22 +245,22 @@ class JobStore:
     def file(self, id: str) -> FileObject:
         """Raises: `ColaError(UNKNOWN_FILE)`."""
         with self._reading() as session:
-            return records.file(_file(session, id))
+            return records.file(rows.find_file(session, id))
 
     def files(self, after: str | None = None, limit: int = 20) -> list[FileObject]:
         """Files, newest first, older than `after`. Raises: `ColaError(UNKNOWN_FILE)` for an unknown `after`."""
         query = select(FileRow).order_by(FileRow.number.desc()).limit(limit)
         with self._reading() as session:
             if after is not None:
-                query = query.where(FileRow.number < _file(session, after).number)
+                query = query.where(FileRow.number < rows.find_file(session, after).number)
             return [records.file(row) for row in session.scalars(query)]
 
     def delete_file(self, id: str) -> None:
         """Forgets a file. Raises: `ColaError(UNKNOWN_FILE)`; `ColaError(FILE_IN_USE)` while a job needs it."""
         with self._writing() as session:
-            row = _file(session, id)
+            row = rows.find_file(session, id)
             for user in session.scalars(select(JobRow).where(JobRow.status.not_in(TERMINAL))):
-                if id in _files_of(JobSpec.model_validate(user.spec)):
+                if id in rows.sources_of(JobSpec.model_validate(user.spec)):
                     raise ColaError(Reason.FILE_IN_USE, file=id, job=user.id)
             session.delete(row)
 
@@ -273,7 +272,7 @@ class JobStore:
         Raises: `ColaError(UNKNOWN_JOB)`.
         """
         with self._writing() as session:
-            _job(session, checkpoint.job)
+            rows.find_job(session, checkpoint.job)
             known = session.scalar(
                 select(CheckpointRow).where(
                     CheckpointRow.job == checkpoint.job, CheckpointRow.step_number == checkpoint.step_number
@@ -287,7 +286,7 @@ class JobStore:
     def checkpoint(self, id: str) -> Checkpoint:
         """Raises: `ColaError(UNKNOWN_CHECKPOINT)`."""
         with self._reading() as session:
-            return records.checkpoint(_checkpoint(session, id))
+            return records.checkpoint(rows.find_checkpoint(session, id))
 
     def checkpoints(self, job: str, after: str | None = None, limit: int = 20) -> list[Checkpoint]:
         """A job's checkpoints, newest first, older than `after`.
@@ -296,10 +295,15 @@ class JobStore:
         """
         query = select(CheckpointRow).where(CheckpointRow.job == job).order_by(CheckpointRow.number.desc()).limit(limit)
         with self._reading() as session:
-            _job(session, job)
+            rows.find_job(session, job)
             if after is not None:
-                query = query.where(CheckpointRow.number < _checkpoint(session, after).number)
+                query = query.where(CheckpointRow.number < rows.find_checkpoint(session, after).number)
             return [records.checkpoint(row) for row in session.scalars(query)]
+
+    def artefacts(self) -> set[str]:
+        """The ids of all files and checkpoints: what there should be artefacts of."""
+        with self._reading() as session:
+            return {*session.scalars(select(FileRow.id)), *session.scalars(select(CheckpointRow.id))}
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -327,43 +331,3 @@ class JobStore:
             problem = f"was used for another spec, of job {row.id}; make a new key"
             raise ColaError(Reason.INVALID_JOB, param="idempotency_key", problem=problem)
         return row
-
-
-def _files_of(spec: JobSpec) -> Sequence[str]:
-    """The ids of all files that a job needs."""
-    named = (spec.training_file, spec.validation_file)
-    source = spec.adapter.init_from
-    return [id for id in named if id is not None] + ([source] if source is not None and ids.valid("file", source) else [])
-
-
-def _job(session: Session, id: str, *, lock: bool = False) -> JobRow:
-    query = select(JobRow).where(JobRow.id == id)
-    row = session.scalar(query.with_for_update() if lock else query)
-    if row is None:
-        raise ColaError(Reason.UNKNOWN_JOB, job=id)
-    return row
-
-
-def _file(session: Session, id: str) -> FileRow:
-    row = session.scalar(select(FileRow).where(FileRow.id == id))
-    if row is None:
-        raise ColaError(Reason.UNKNOWN_FILE, file=id)
-    return row
-
-
-def _checkpoint(session: Session, id: str) -> CheckpointRow:
-    row = session.scalar(select(CheckpointRow).where(CheckpointRow.id == id))
-    if row is None:
-        raise ColaError(Reason.UNKNOWN_CHECKPOINT, checkpoint=id)
-    return row
-
-
-def _append(
-    session: Session, row: JobRow, message: str, level: str, type: str, data: dict[str, float | str]
-) -> EventRow:
-    row.last_event += 1
-    event = EventRow(
-        job=row.id, id=row.last_event, created_at=time.time(), level=level, type=type, message=message, data=data
-    )
-    session.add(event)
-    return event

@@ -26,8 +26,7 @@ class JobAdapter:
         for adapter, shard in zip(self.adapters, parameters, strict=True):
             assert {name: tuple(p.shape) for name, p in shard.items()} == adapter.shapes()
         self.parameters: tuple[Parameters, ...] = tuple(
-            {name: p.detach().to(device, torch.float32, copy=True) for name, p in shard.items()}
-            for shard in parameters
+            {name: p.detach().to(device, torch.float32, copy=True) for name, p in shard.items()} for shard in parameters
         )
         self.versions = [version] * len(self.sites)
         self.digests = [digest.state(shard) for shard in parameters]

@@ -117,11 +117,12 @@ def _head(module: PreTrainedModel, setting: str) -> str:
 def _freeze(module: PreTrainedModel, gradient_checkpointing: bool) -> None:
     module.requires_grad_(False)
     module.config.use_cache = False
-    module.eval()
+    module.eval()  # type: ignore[no-untyped-call]
     if gradient_checkpointing:
         # transformers checkpoints in train mode only; with all dropouts at zero it computes what eval mode does.
         _zero_dropouts(module)
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False}
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[no-untyped-call]
         module.train()
 
 

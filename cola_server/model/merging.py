@@ -49,6 +49,7 @@ class Merging:
             if site.kind != "head":
                 module = base.module.get_submodule(site.name)
                 assert isinstance(module, nn.Linear | Conv1D)
+                assert isinstance(module.weight, nn.Parameter)
                 self._places.append(_Place(site, form, parameters, module, module.weight))
 
     def merge(self) -> None:
@@ -83,7 +84,7 @@ def _enter(place: _Place, device: torch.device) -> None:
         place.pristine = nn.Parameter(place.module.weight.cpu(), requires_grad=False)
     place.module.weight = place.weight
     if place.pristine.dtype != torch.float32:
-        place.module.forward = partial(_forward_in_fp32, place.module)
+        place.module.forward = partial(_forward_in_fp32, place.module)  # type: ignore[method-assign]
 
 
 def _leave(place: _Place, device: torch.device) -> None:
@@ -113,5 +114,5 @@ def _make(place: _Place) -> None:
 
 def _forward_in_fp32(module: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-    bias = None if module.bias is None else module.bias.float()
-    return functional.linear(x.float(), weight, bias).to(x.dtype)
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

@@ -98,7 +98,7 @@ def _targets(base: BaseModel, adapter: AdapterSpec) -> list[str]:
     }
     wanted = adapter.target_modules
     if wanted == "all-linear":
-        output = base.module.get_output_embeddings() if base.task == "causal-lm" else None
+        output = base.module.get_output_embeddings()  # type: ignore[no-untyped-call]
         return [name for name, part in modules.items() if part is not output]
     if isinstance(wanted, str):
         matched = [name for name in modules if re.fullmatch(wanted, name)]

@@ -112,22 +112,28 @@ def _losses(base: BaseModel, cohort: Sequence[JobBatch]) -> tuple[list[torch.Ten
     input_ids = torch.cat([batch.input_ids for batch in cohort]).to(base.device)
     attention_mask = torch.cat([batch.attention_mask for batch in cohort]).to(base.device)
     logits = base.module(input_ids=input_ids, attention_mask=attention_mask).logits
-    parts = logits.split([len(batch.input_ids) for batch in cohort]) if len(cohort) > 1 else (logits,)
-    sums, targets = [], []
-    for batch, own in zip(cohort, parts, strict=True):
-        labels = batch.labels
-        if base.task == "causal-lm":
-            # Position t predicts token t + 1; the last predicts nothing. Logits stay whole, a slice would be a copy.
-            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        else:
-            own = own[:, : batch.adapter.sites[-1].d_out]
-        targets.append(int((labels != IGNORED).sum()))
-        sums.append(
-            functional.cross_entropy(
-                own.reshape(-1, own.shape[-1]).float(),
-                labels.flatten().to(base.device),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+    parts = torch.split(logits, [len(batch.input_ids) for batch in cohort]) if len(cohort) > 1 else (logits,)
+    labels = [_targets(base, batch) for batch in cohort]
+    sums = [
+        functional.cross_entropy(
+            part.reshape(-1, part.shape[-1])[:, : _classes(base, batch)].float(),
+            wanted.flatten().to(base.device),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
-    return sums, targets
+        for batch, part, wanted in zip(cohort, parts, labels, strict=True)
+    ]
+    return sums, [int((wanted != IGNORED).sum()) for wanted in labels]
+
+
+def _targets(base: BaseModel, batch: JobBatch) -> torch.Tensor:
+    """What each row of the logits is to predict."""
+    if base.task == "sequence-classification":
+        return batch.labels
+    # Position t predicts token t + 1; the last predicts nothing. Logits stay whole, a slice would be a copy.
+    return functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _classes(base: BaseModel, batch: JobBatch) -> int | None:
+    """How many of the logits are the job's own: a cohort's heads may differ in width. None: all."""
+    return None if base.head_name is None else batch.adapter.sites[-1].d_out

@@ -28,9 +28,7 @@ from cola_server.model.site import Site
 class Sink(Protocol):
     """Where one job's captures of one batch go."""
 
-    def capture(
-        self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None
-    ) -> None:
+    def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Call number `call` of `site`, numbered as the backward pass meets them.
 
         x (…, d_in) and g (…, d_out) hold the job's own rows as the site saw them; `rows` numbers those that are no
@@ -126,7 +124,10 @@ class Taps:
             x = args[0]
             self._check(tapped, x)
             adapted = self._adapted(tapped, x, h)
-            return _Tap.apply(self._root, adapted, x, self, tapped) if self._capture else adapted
+            if not self._capture:
+                return adapted
+            tap: torch.Tensor = _Tap.apply(self._root, adapted, x, self, tapped)  # type: ignore[no-untyped-call]
+            return tap
 
         return hook
 
@@ -147,7 +148,7 @@ class Taps:
         if len(self.cohort) == 1:
             return self._output(tapped.pieces[0], x, h)
         # split, not slices: its backward pass joins the parts once instead of adding up mostly empty tensors.
-        xs, hs = (value.split(self._sizes(tapped)) for value in (x, h))
+        xs, hs = (torch.split(value, self._sizes(tapped)) for value in (x, h))
         outputs = [
             self._output(tapped.pieces[number], xs[number], hs[number]) if number in tapped.pieces else hs[number]
             for number in range(len(self.cohort))
@@ -174,7 +175,7 @@ class Taps:
         call = tapped.calls
         tapped.calls += 1
         sizes = self._sizes(tapped)
-        xs, gs = (value.split(sizes) if len(sizes) > 1 else (value,) for value in (x, g))
+        xs, gs = (torch.split(value, sizes) if len(sizes) > 1 else (value,) for value in (x, g))
         for number, piece in tapped.pieces.items():
             member = self.cohort[number]
             assert member.sink is not None, "a captured batch has somewhere to go"

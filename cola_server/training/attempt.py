@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
@@ -236,10 +236,10 @@ class Attempt:
             step=step,
             values=self._spec.wire.values,
             owners=self._owners,
-            sites=self._prepared.sites,
             emit=exchange.emit,
         )
-        (result,) = train(self._base, [self._job_batch(examples, adapter, merging, packer)])
+        batch = self._job_batch(examples, adapter, merging)
+        (result,) = train(self._base, [replace(batch, sink=packer, job=exchange.job, step=step)])
         packer.finish()
         return Trained(
             loss=result.loss,
@@ -289,7 +289,7 @@ class Attempt:
         size = self._spec.hyperparameters.batch_size
         loss, targets = 0.0, 0
         for start in range(0, len(validation.examples), size):
-            batch = self._job_batch(validation.examples[start : start + size], adapter, merging, None)
+            batch = self._job_batch(validation.examples[start : start + size], adapter, merging)
             ((batch_loss, batch_targets),) = evaluate(self._base, [batch])
             loss, targets = loss + batch_loss, targets + batch_targets
         return loss / max(1, targets)
@@ -298,15 +298,11 @@ class Attempt:
         write_checkpoint(self._services, self._prepared, job, adapter, metrics)
 
     def _job_batch(
-        self,
-        examples: Sequence[data.Example],
-        adapter: JobAdapter,
-        merging: Merging | None,
-        sink: CapturePacker | None,
+        self, examples: Sequence[data.Example], adapter: JobAdapter, merging: Merging | None
     ) -> JobBatch:
         ids, mask, labels = data.collate(examples, self._prepared.pad_id)
         return JobBatch(
-            input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None, sink=sink
+            input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None
         )
 
     # --- merging and pausing ----------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class CapturePacker:
             # Pinned memory takes the copy while the backward pass goes on; the event tells when it is there.
             host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
             host.copy_(kept, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(torch.cuda.current_stream(kept.device))
             kept = host
         self._waiting.append(_Waiting(worker, part, site, kept, copied))
@@ -151,4 +151,4 @@ class CapturePacker:
 
 
 def _has_come(waiting: _Waiting) -> bool:
-    return waiting.copied is None or waiting.copied.query()
+    return waiting.copied is None or bool(waiting.copied.query())  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """The fleet without a network: outbox, exchange and registry against messages made by hand."""
 
 import asyncio
+import dataclasses
 import math
 import time
 
@@ -326,9 +327,9 @@ async def test_a_message_larger_than_any_delta_could_be_is_refused_before_it_is_
     (a,) = await attended(fleet, 1)
     huge = delta([0])
     with pytest.raises(ColaError) as refused:
-        fleet.admit(a, huge, [EncodedTensor("fp32", (1 << 30,), 0, 4 << 30, 0, b"")])
+        fleet.admit(a, dataclasses.replace(huge, tensors=(EncodedTensor("fp32", (1 << 30,), 0, 4 << 30, 0, b""),)))
     assert refused.value.reason == Reason.PROTOCOL_VIOLATION
-    fleet.admit(a, huge, huge.tensors)
+    fleet.admit(a, huge)
 
 
 async def test_whoever_waits_for_a_change_sees_each_coming_and_going() -> None:

@@ -1,0 +1,9 @@
+"""The Python client: `Client`, and `AsyncClient` for asyncio. The records that they return are in `cola_common.jobs`."""
+
+from cola_common.client.aio import AsyncClient
+from cola_common.client.jobs import JobFailedError
+from cola_common.client.pages import AsyncPage, Page
+from cola_common.client.sync import Client
+from cola_common.errors import ColaError, Reason
+
+__all__ = ["AsyncClient", "AsyncPage", "Client", "ColaError", "JobFailedError", "Page", "Reason"]

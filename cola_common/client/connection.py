@@ -1,0 +1,138 @@
+"""The client's edge: a channel, errors translated, and what may be repeated repeated."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeVar, final
+
+import grpc
+
+from cola_common.errors import ColaError, Reason
+from cola_common.rpc import connect, from_rpc
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+T = TypeVar("T")
+
+CALL_SECONDS = 60.0
+"""A call's deadline. Creating a job may run a small forward pass on the server; nothing that is waited for takes longer."""
+
+PATIENCE_SECONDS = 3.0
+"""How long a call that may be repeated is: a blip of the network passes, a wrong address is told soon."""
+
+FIRST_PAUSE_SECONDS = 0.1
+LAST_PAUSE_SECONDS = 5.0  # of a server that is back, many clients learn within this time, and not at once
+
+_TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.SERVER_DRAINING})
+_random = secrets.SystemRandom()
+
+
+def transient(error: ColaError) -> bool:
+    """Whether the same call may succeed later without anybody's doing."""
+    return error.reason in _TRANSIENT
+
+
+@final
+class Connection:
+    """One server as this client reaches it. To be made on the event loop that uses it."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        root_certificates: str | Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        self.address = address
+        self.channel = connect(address, token=token, root_certificates=root_certificates, insecure=insecure)
+
+    async def call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        *,
+        patience: float = PATIENCE_SECONDS,
+    ) -> Response:
+        """One request, one answer; repeated for `patience` seconds while the server cannot be reached.
+
+        A call that must not happen twice is given no patience.
+
+        Raises: `ColaError`.
+        """
+
+        async def attempt() -> Response:
+            with self.translated():
+                return await method(request, timeout=CALL_SECONDS)
+
+        return await self.repeat(attempt, patience=patience)
+
+    async def stream(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Request, Response], request: Request
+    ) -> AsyncGenerator[Response, None]:
+        """One request, many answers. Closing the generator cancels the call.
+
+        Raises: `ColaError`.
+        """
+        with self.translated():
+            call = method(request)
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
+
+    async def repeat(self, attempt: Callable[[], Awaitable[T]], *, patience: float = PATIENCE_SECONDS) -> T:
+        """What `attempt` returns; it is made again, after growing pauses of random length, while its error is transient
+        and `patience` seconds are not over.
+        """
+        end = monotonic() + patience
+        ceiling = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await attempt()
+            except ColaError as error:
+                if not transient(error) or monotonic() >= end:
+                    raise
+            await pause(min(ceiling, end - monotonic()))
+            ceiling = min(2 * ceiling, LAST_PAUSE_SECONDS)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Errors of gRPC become `ColaError`s."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+
+    async def close(self) -> None:
+        """Ends all calls and closes the channel."""
+        await self.channel.close()
+
+
+async def pause(ceiling: float) -> None:
+    """Sleeps for a random time of up to `ceiling` seconds, so that clients which failed together do not return together."""
+    await asyncio.sleep(_random.uniform(0, max(ceiling, 0)))
+
+
+def new_key() -> str:
+    """A fresh idempotency key: one for each create call, kept through its repeats."""
+    return secrets.token_hex(16)
+
+
+def page_size(limit: int | None) -> int:
+    """`limit` as the wire has it: 0 asks for the server's default.
+
+    Raises: `ValueError`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; ask for 1 or more")
+    return limit or 0
+
+
+def local_fields(**fields: Any) -> dict[str, Any]:
+    """The fields that were given: None stands for the server's default."""
+    return {name: value for name, value in fields.items() if value is not None}

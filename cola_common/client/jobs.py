@@ -1,0 +1,207 @@
+"""Fine-tuning jobs: create, follow, steer."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal, final
+
+from cola_common import ids
+from cola_common.client.checkpoints import AsyncCheckpoints
+from cola_common.client.connection import PATIENCE_SECONDS, Connection, local_fields, new_key, page_size, pause, transient
+from cola_common.client.files import AsyncFiles
+from cola_common.client.pages import AsyncPage
+from cola_common.convert import event_from_wire, job_from_wire, metrics_from_wire, spec_to_wire
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import Job, JobEvent, JobSpec, JobStatus, StepMetrics
+from cola_common.wire import jobs_pb2
+from cola_common.wire.jobs_pb2_grpc import JobsStub
+
+OUTAGE_SECONDS = 600.0
+"""How long someone who follows a job waits for a server that was there and is gone: the time of a restart or an upgrade."""
+
+REOPEN_SECONDS = 1.0  # those who follow do not all return in the moment in which a server is back
+
+
+class JobFailedError(Exception):
+    """A job that was waited for failed or was cancelled; `job` tells more."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        super().__init__(f"job {job.id} {_end(job)}")
+
+
+def _end(job: Job) -> str:
+    return f"failed: {job.error.message}" if job.error is not None else job.status.value
+
+
+@final
+class AsyncJobs:
+    """`client.fine_tuning.jobs`."""
+
+    def __init__(self, connection: Connection, files: AsyncFiles) -> None:
+        self._connection = connection
+        self._files = files
+        self._stub = JobsStub(connection.channel)
+        self.checkpoints = AsyncCheckpoints(connection)
+
+    async def create(
+        self,
+        *,
+        model: str,
+        training_file: str,
+        validation_file: str | None = None,
+        seed: int | None = None,
+        suffix: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        method: Mapping[str, Any] | None = None,
+        adapter: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        fold: Literal["unmerged", "merged"] | None = None,
+        wire: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Submits a job; `cola_common.jobs.JobSpec` has the fields, and None is its default.
+
+        `adapter["init_from"]` is a checkpoint's id, the id of an uploaded adapter, or the folder of an adapter on this
+        machine, which is uploaded first.
+
+        Raises: `ColaError`, such as INVALID_JOB with the wrong field, UNKNOWN_MODEL, UNKNOWN_TARGET and RANK_TOO_LARGE.
+        """
+        fields = local_fields(
+            model=model,
+            training_file=training_file,
+            validation_file=validation_file,
+            seed=seed,
+            suffix=suffix,
+            metadata=metadata,
+            method=method,
+            adapter=adapter,
+            hyperparameters=hyperparameters,
+            fold=fold,
+            wire=wire,
+        )
+        folder = _adapter_folder(adapter)
+        if adapter is not None and folder is not None:
+            fields["adapter"] = {**adapter, "init_from": str(folder)}
+            JobSpec.parse(fields)  # a wrong field is told before anything is uploaded
+            file = await self._files.create(file=folder, purpose="adapter")
+            fields["adapter"] = {**adapter, "init_from": file.id}
+        spec = spec_to_wire(JobSpec.parse(fields))
+        request = jobs_pb2.CreateJobRequest(spec=spec, idempotency_key=new_key())
+        return job_from_wire(await self._connection.call(self._stub.Create, request))
+
+    async def retrieve(self, job_id: str) -> Job:
+        """A job as it stands. Raises: `ColaError(UNKNOWN_JOB)`."""
+        return await self._retrieve(job_id, patience=PATIENCE_SECONDS)
+
+    async def _retrieve(self, job_id: str, *, patience: float) -> Job:
+        request = jobs_pb2.RetrieveJobRequest(id=job_id)
+        return job_from_wire(await self._connection.call(self._stub.Retrieve, request, patience=patience))
+
+    async def list(self, *, after: str | None = None, limit: int | None = None) -> AsyncPage[Job]:
+        """Jobs, `limit` a page, from behind the job `after`."""
+        request = jobs_pb2.ListJobsRequest(after=after, limit=page_size(limit))
+        answer = await self._connection.call(self._stub.List, request)
+        data = [job_from_wire(job) for job in answer.data]
+        if not answer.has_more or not data:
+            return AsyncPage(data)
+        return AsyncPage(data, lambda: self.list(after=data[-1].id, limit=limit))
+
+    # Cancel, pause and resume are not repeated: the second of two would be refused as an illegal transition.
+
+    async def cancel(self, job_id: str) -> Job:
+        """Ends a job for good. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        request = jobs_pb2.CancelJobRequest(id=job_id)
+        return job_from_wire(await self._connection.call(self._stub.Cancel, request, patience=0))
+
+    async def pause(self, job_id: str) -> Job:
+        """Stops a job until it is resumed. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        request = jobs_pb2.PauseJobRequest(id=job_id)
+        return job_from_wire(await self._connection.call(self._stub.Pause, request, patience=0))
+
+    async def resume(self, job_id: str) -> Job:
+        """Queues a paused job again. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        request = jobs_pb2.ResumeJobRequest(id=job_id)
+        return job_from_wire(await self._connection.call(self._stub.Resume, request, patience=0))
+
+    async def list_events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> AsyncPage[JobEvent]:
+        """The events so far, oldest first, from behind the event `after`. Raises: `ColaError(UNKNOWN_JOB)`."""
+        request = jobs_pb2.ListJobEventsRequest(job=job_id, after=after, limit=page_size(limit))
+        answer = await self._connection.call(self._stub.ListEvents, request)
+        data = [event_from_wire(event) for event in answer.data]
+        if not answer.has_more or not data:
+            return AsyncPage(data)
+        return AsyncPage(data, lambda: self.list_events(job_id, after=data[-1].id, limit=limit))
+
+    async def stream_events(self, job_id: str, *, after: int = 0) -> AsyncGenerator[JobEvent, None]:
+        """Every event from behind the event `after`, as it happens, each once; ends when the job does.
+
+        A connection that breaks is made again, for `OUTAGE_SECONDS` each time.
+
+        Raises: `ColaError(UNKNOWN_JOB)`; `ColaError(UNAVAILABLE)`.
+        """
+        await self.retrieve(job_id)  # a wrong id or address is told at once
+        while True:
+            request = jobs_pb2.StreamJobEventsRequest(job=job_id, after=after)
+            whole = False
+            try:
+                async with aclosing(self._connection.stream(self._stub.StreamEvents, request)) as events:
+                    async for event in events:
+                        after = event.id
+                        yield event_from_wire(event)
+                whole = True
+            except ColaError as error:
+                if not transient(error):
+                    raise
+            job = await self._retrieve(job_id, patience=OUTAGE_SECONDS)
+            if whole and job.status.terminal:
+                return
+            await pause(REOPEN_SECONDS)
+
+    async def wait(self, job_id: str, *, timeout: float | None = None, raise_on_failure: bool = False) -> Job:
+        """Waits until a job has ended, well or not, and returns it.
+
+        Raises: `TimeoutError` after `timeout` seconds; `JobFailedError` if asked to, for a job that failed or was
+            cancelled; `ColaError` as `stream_events`.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                job = await self.retrieve(job_id)
+                while not job.status.terminal:
+                    async with aclosing(self.stream_events(job_id)) as events:
+                        async for _ in events:
+                            pass
+                    job = await self.retrieve(job_id)
+        except TimeoutError:
+            raise TimeoutError(f"job {job_id} has not ended after {timeout:g} s; it goes on") from None
+        if raise_on_failure and job.status is not JobStatus.SUCCEEDED:
+            raise JobFailedError(job)
+        return job
+
+    async def metrics(self, job_id: str, *, after_step: int = 0) -> "list[StepMetrics]":
+        """One record for each step behind `after_step`, in their order. Raises: `ColaError(UNKNOWN_JOB)`."""
+        request = jobs_pb2.JobMetricsRequest(job=job_id, after_step=after_step)
+
+        async def attempt() -> "list[StepMetrics]":
+            async with aclosing(self._connection.stream(self._stub.Metrics, request)) as records:
+                return [metrics_from_wire(record) async for record in records]
+
+        return await self._connection.repeat(attempt)
+
+
+def _adapter_folder(adapter: Mapping[str, Any] | None) -> Path | None:
+    """The folder that `init_from` names; None where it names what the server has, or nothing.
+
+    Raises: `ColaError(INVALID_ADAPTER)` where it names neither.
+    """
+    source = None if adapter is None else adapter.get("init_from")
+    if not isinstance(source, str | os.PathLike):
+        return None  # nothing, or a wrong type, which the spec's own check tells
+    text = os.fspath(source)
+    if ids.valid("ftckpt", text) or ids.valid("file", text):
+        return None
+    if not Path(text).is_dir():
+        problem = "it is no id of a checkpoint or a file, and no folder on this machine"
+        raise ColaError(Reason.INVALID_ADAPTER, source=text, problem=problem)
+    return Path(text)

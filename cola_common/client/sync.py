@@ -1,0 +1,223 @@
+"""The client for everybody else: the asyncio one, run on a background thread."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, final
+
+from cola_common.client.aio import AsyncClient, AsyncFineTuning
+from cola_common.client.background import BackgroundLoop
+from cola_common.client.catalogue import AsyncModels, AsyncWorkers
+from cola_common.client.checkpoints import AsyncCheckpoints
+from cola_common.client.files import AsyncFiles, Purpose
+from cola_common.client.jobs import AsyncJobs
+from cola_common.client.pages import AsyncPage, Page
+from cola_common.client.uploads import FileSource
+from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, ModelCard, StepMetrics, WorkerCard
+
+T = TypeVar("T")
+
+
+def _page(loop: BackgroundLoop, page: AsyncPage[T]) -> Page[T]:
+    following = page.following
+    if following is None:
+        return Page(page.data)
+
+    async def fetch() -> AsyncPage[T]:
+        return await following()
+
+    return Page(page.data, lambda: _page(loop, loop.run(fetch())))
+
+
+# Each class below has the methods of its asynchronous twin, which documents them.
+
+
+@final
+class Files:
+    """`client.files`: `AsyncFiles`, synchronous."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncFiles) -> None:
+        self._loop, self._twin = loop, twin
+
+    def create(self, *, file: FileSource, purpose: Purpose) -> FileObject:
+        """As `AsyncFiles.create`."""
+        return self._loop.run(self._twin.create(file=file, purpose=purpose))
+
+    def retrieve(self, file_id: str) -> FileObject:
+        """As `AsyncFiles.retrieve`."""
+        return self._loop.run(self._twin.retrieve(file_id))
+
+    def list(self, *, after: str | None = None, limit: int | None = None) -> Page[FileObject]:
+        """As `AsyncFiles.list`."""
+        return _page(self._loop, self._loop.run(self._twin.list(after=after, limit=limit)))
+
+    def delete(self, file_id: str) -> None:
+        """As `AsyncFiles.delete`."""
+        self._loop.run(self._twin.delete(file_id))
+
+    def content(self, file_id: str) -> bytes:
+        """As `AsyncFiles.content`."""
+        return self._loop.run(self._twin.content(file_id))
+
+
+@final
+class Checkpoints:
+    """`client.fine_tuning.jobs.checkpoints`: `AsyncCheckpoints`, synchronous."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncCheckpoints) -> None:
+        self._loop, self._twin = loop, twin
+
+    def list(self, job_id: str, *, after: str | None = None, limit: int | None = None) -> Page[Checkpoint]:
+        """As `AsyncCheckpoints.list`."""
+        return _page(self._loop, self._loop.run(self._twin.list(job_id, after=after, limit=limit)))
+
+    def download(self, checkpoint_id: str, folder: str | os.PathLike[str]) -> Path:
+        """As `AsyncCheckpoints.download`."""
+        return self._loop.run(self._twin.download(checkpoint_id, folder))
+
+
+@final
+class Jobs:
+    """`client.fine_tuning.jobs`: `AsyncJobs`, synchronous."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncJobs) -> None:
+        self._loop, self._twin = loop, twin
+        self.checkpoints = Checkpoints(loop, twin.checkpoints)
+
+    def create(
+        self,
+        *,
+        model: str,
+        training_file: str,
+        validation_file: str | None = None,
+        seed: int | None = None,
+        suffix: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        method: Mapping[str, Any] | None = None,
+        adapter: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        fold: Literal["unmerged", "merged"] | None = None,
+        wire: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """As `AsyncJobs.create`."""
+        return self._loop.run(
+            self._twin.create(
+                model=model,
+                training_file=training_file,
+                validation_file=validation_file,
+                seed=seed,
+                suffix=suffix,
+                metadata=metadata,
+                method=method,
+                adapter=adapter,
+                hyperparameters=hyperparameters,
+                fold=fold,
+                wire=wire,
+            )
+        )
+
+    def retrieve(self, job_id: str) -> Job:
+        """As `AsyncJobs.retrieve`."""
+        return self._loop.run(self._twin.retrieve(job_id))
+
+    def list(self, *, after: str | None = None, limit: int | None = None) -> Page[Job]:
+        """As `AsyncJobs.list`."""
+        return _page(self._loop, self._loop.run(self._twin.list(after=after, limit=limit)))
+
+    def cancel(self, job_id: str) -> Job:
+        """As `AsyncJobs.cancel`."""
+        return self._loop.run(self._twin.cancel(job_id))
+
+    def pause(self, job_id: str) -> Job:
+        """As `AsyncJobs.pause`."""
+        return self._loop.run(self._twin.pause(job_id))
+
+    def resume(self, job_id: str) -> Job:
+        """As `AsyncJobs.resume`."""
+        return self._loop.run(self._twin.resume(job_id))
+
+    def list_events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> Page[JobEvent]:
+        """As `AsyncJobs.list_events`."""
+        return _page(self._loop, self._loop.run(self._twin.list_events(job_id, after=after, limit=limit)))
+
+    def stream_events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
+        """As `AsyncJobs.stream_events`."""
+        return self._loop.iterate(self._twin.stream_events(job_id, after=after))
+
+    def wait(self, job_id: str, *, timeout: float | None = None, raise_on_failure: bool = False) -> Job:
+        """As `AsyncJobs.wait`."""
+        return self._loop.run(self._twin.wait(job_id, timeout=timeout, raise_on_failure=raise_on_failure))
+
+    def metrics(self, job_id: str, *, after_step: int = 0) -> "list[StepMetrics]":
+        """As `AsyncJobs.metrics`."""
+        return self._loop.run(self._twin.metrics(job_id, after_step=after_step))
+
+
+@final
+class FineTuning:
+    """`client.fine_tuning`."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncFineTuning) -> None:
+        self.jobs = Jobs(loop, twin.jobs)
+
+
+@final
+class Models:
+    """`client.models`: `AsyncModels`, synchronous."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncModels) -> None:
+        self._loop, self._twin = loop, twin
+
+    def list(self) -> Page[ModelCard]:
+        """As `AsyncModels.list`."""
+        return _page(self._loop, self._loop.run(self._twin.list()))
+
+
+@final
+class Workers:
+    """`client.workers`: `AsyncWorkers`, synchronous."""
+
+    def __init__(self, loop: BackgroundLoop, twin: AsyncWorkers) -> None:
+        self._loop, self._twin = loop, twin
+
+    def list(self) -> Page[WorkerCard]:
+        """As `AsyncWorkers.list`."""
+        return _page(self._loop, self._loop.run(self._twin.list()))
+
+
+@final
+class Client:
+    """A server's files, jobs, models and workers; to be used from any thread. `AsyncClient` has the arguments.
+
+    Raises: `ColaError(INVALID_CONFIG)`. The connection is made by the first call.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str | None = None,
+        root_certificates: str | Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        async def build() -> AsyncClient:  # on the loop that it will use
+            return AsyncClient(address, token, root_certificates, insecure)
+
+        self._loop = BackgroundLoop()
+        self._twin = self._loop.run(build())
+        self.files = Files(self._loop, self._twin.files)
+        self.fine_tuning = FineTuning(self._loop, self._twin.fine_tuning)
+        self.models = Models(self._loop, self._twin.models)
+        self.workers = Workers(self._loop, self._twin.workers)
+
+    def close(self) -> None:
+        """Ends all calls, closes the connection and ends the background thread."""
+        self._loop.close(self._twin.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

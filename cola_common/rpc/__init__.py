@@ -1,0 +1,1 @@
+"""Channels, limits with their reasons, tokens, status translation, and the duplex stream."""

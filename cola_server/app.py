@@ -1,0 +1,72 @@
+"""How `cola-server` starts and stops.
+
+Start: listen, then import torch and load the models while early calls wait, then go on with unfinished jobs.
+Stop: running jobs end at once and keep their status; workers hear Goodbye; calls get a grace; the numerics thread
+ends; store and artefacts close. A second signal ends the process.
+"""
+
+import asyncio
+import importlib
+import os
+import signal
+
+import structlog
+
+from cola_common.rpc import tune
+from cola_server.config import ServerConfig
+from cola_server.logs import configure
+from cola_server.rpc import Listener, Pending
+from cola_server.training.numerics import Numerics
+
+log = structlog.get_logger(__name__)
+
+GRACE_SECONDS = 2.0  # for client calls under way: event streams never end by themselves
+
+
+async def run(config: ServerConfig) -> None:
+    """Serves until SIGINT or SIGTERM. Raises: `ColaError` where it cannot start."""
+    configure(config.log_format)
+    tune()
+    stop = _stop_signal()
+    backend = Pending()
+    numerics = Numerics()
+    tokens = config.tokens()
+    listener = Listener(
+        backend,
+        numerics.pulse,
+        client_token=tokens.client if tokens else None,
+        worker_token=tokens.worker if tokens else None,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+    )
+    address = await listener.start(config.listen)
+    log.info("listening", address=address)
+    try:
+        core = (await asyncio.to_thread(importlib.import_module, "cola_server.core")).Core(config, numerics)
+        try:
+            backend.set(await core.start())
+            (config.data_dir / "address").write_text(address)
+            log.info("serving", address=address, models=sorted(config.models))
+            await stop.wait()
+            log.info("stopping")
+            await core.let_go()
+            await listener.stop(GRACE_SECONDS)
+        finally:
+            await core.close()
+    finally:
+        await listener.stop(0)
+        numerics.close()
+    log.info("stopped")
+
+
+def _stop_signal() -> asyncio.Event:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return stop

@@ -1,0 +1,79 @@
+"""The composition root: everything behind the listening socket. Importing it imports torch."""
+
+import asyncio
+
+import structlog
+import torch
+
+from cola_server.config import ServerConfig
+from cola_server.fleet import Fleet, FleetLimits
+from cola_server.jobs import Artefacts, JobService, JobStore
+from cola_server.model import load
+from cola_server.rpc import Backend
+from cola_server.training.catalogue import Catalogue
+from cola_server.training.numerics import Numerics
+from cola_server.training.queue import JobQueue
+from cola_server.training.services import Services
+
+log = structlog.get_logger(__name__)
+
+
+class Core:
+    """Store, models, fleet and queue of one server."""
+
+    def __init__(self, config: ServerConfig, numerics: Numerics) -> None:
+        """Opens the data folder. Raises: `ColaError(INVALID_CONFIG)`."""
+        self._config = config
+        self._numerics = numerics
+        self._artefacts = Artefacts(config.data_dir)
+        self._store: JobStore | None = None
+        self._fleet: Fleet | None = None
+        self._queue: JobQueue | None = None
+
+    async def start(self) -> Backend:
+        """Loads the models and goes on with unfinished jobs. Raises: `ColaError`."""
+        config = self._config
+        url = config.database_url or f"sqlite:///{config.data_dir.absolute() / 'cola.db'}"
+        store = self._store = await asyncio.to_thread(JobStore, url)
+        if config.threads is not None:
+            await self._numerics.run(torch.set_num_threads, config.threads)
+        models = {}
+        for name, path in config.models.items():
+            models[name] = await self._numerics.run(
+                load,
+                name,
+                path,
+                dtype=config.dtype,
+                device=config.device,
+                task=config.task,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            log.info("model loaded", model=name, task=models[name].task, device=str(models[name].device))
+        catalogue = Catalogue(
+            models,
+            self._numerics,
+            self._artefacts,
+            buffer_bytes=config.buffer_bytes,
+            window_bytes=config.window_bytes,
+        )
+        fleet = self._fleet = Fleet(FleetLimits(window_bytes=config.window_bytes, buffer_bytes=config.buffer_bytes))
+        services = Services(store, self._artefacts, catalogue, fleet, self._numerics, config.split_jobs)
+        queue = self._queue = JobQueue(services)
+        jobs = JobService(store, self._artefacts, catalogue, queue)
+        await asyncio.to_thread(jobs.recover)
+        return Backend(jobs=jobs, fleet=fleet)
+
+    async def let_go(self) -> None:
+        """Ends running jobs, which keep their status, and says Goodbye to the workers."""
+        if self._queue is not None:
+            await self._queue.close()
+        if self._fleet is not None:
+            self._fleet.close()
+
+    async def close(self) -> None:
+        """Waits for the numerics thread, then closes what it writes to."""
+        await self.let_go()
+        await asyncio.to_thread(self._numerics.close)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+        self._artefacts.close()

@@ -1,0 +1,230 @@
+"""The rules of what users ask for: which job may be made, and what cancel, pause and resume mean.
+
+Statuses are committed first and then told to whoever runs the jobs, so that what a user was answered stays true after
+a crash. Every call that changes something may be repeated: asking again for what has been done is no error.
+
+Synchronous; any thread may call.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import (
+    Checkpoint,
+    FileObject,
+    Job,
+    JobEvent,
+    JobSpec,
+    JobStatus,
+    ModelCard,
+    StepMetrics,
+)
+from cola_server.jobs import jsonl
+from cola_server.jobs.artefacts import Artefacts
+from cola_server.jobs.files import Limits, Upload
+from cola_server.jobs.store import JobStore
+
+
+class Catalogue(Protocol):
+    """The base models."""
+
+    def cards(self) -> Sequence[ModelCard]:
+        """All models."""
+
+    def check(self, spec: JobSpec) -> None:
+        """Raises: `ColaError` if the model that the spec names cannot be adapted as it asks."""
+
+
+class Scheduler(Protocol):
+    """Who runs jobs. Each is told after the job's status was committed."""
+
+    def submit(self, job: str) -> None:
+        """The job is new, or was under way when the server stopped."""
+
+    def cancel(self, job: str) -> None:
+        """The job is cancelled."""
+
+    def pause(self, job: str) -> None:
+        """The job is paused: no step begins."""
+
+    def resume(self, job: str) -> None:
+        """The job is queued again."""
+
+
+class JobService:
+    """What clients can ask for."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        artefacts: Artefacts,
+        catalogue: Catalogue,
+        scheduler: Scheduler,
+        limits: Limits | None = None,
+    ) -> None:
+        """Removes artefacts without a record, which a crash between the two left.
+
+        Raises: `ColaError(INVALID_FILE)` where there are artefacts and the database was not there: it is lost.
+        """
+        self._store = store
+        self._artefacts = artefacts
+        self._catalogue = catalogue
+        self._scheduler = scheduler
+        self._limits = limits or Limits()
+        orphans = artefacts.ids() - store.artefacts()
+        if orphans and store.fresh:
+            problem = "is gone, but its files and checkpoints are here; restore it, or move them away"
+            raise ColaError(Reason.INVALID_FILE, file="the database", problem=problem)
+        for orphan in orphans:
+            artefacts.remove(orphan)
+
+    def recover(self) -> None:
+        """Hands over all jobs that a stop of the server left unfinished, oldest first; paused ones stay paused."""
+        for job in self._store.unfinished():
+            if job.status == JobStatus.RUNNING:
+                event = "The server was started again; the job goes on from its last snapshot."
+                self._store.transition(job.id, JobStatus.QUEUED, event=event, level="warn")
+            if job.status != JobStatus.PAUSED:
+                self._scheduler.submit(job.id)
+
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """As `JobStore.subscribe`."""
+        return self._store.subscribe(callback)
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    def create(self, spec: JobSpec, idempotency_key: str | None = None) -> Job:
+        """A new job, or the one that this key made before. Nothing is made where anything is wrong with it.
+
+        Reads the files once: takes seconds where they are large.
+
+        Raises: `ColaError`: UNKNOWN_MODEL, UNKNOWN_FILE, UNKNOWN_CHECKPOINT, INVALID_JOB, INVALID_DATASET, and what
+        the catalogue finds.
+        """
+        if idempotency_key is not None and (job := self._store.job_by_key(spec, idempotency_key)) is not None:
+            return job
+        self._check_data(spec, self._model(spec.model).task)
+        if spec.adapter.init_from is not None:
+            self._check_source(spec.adapter.init_from)
+        self._catalogue.check(spec)
+        job = self._store.create_job(spec, idempotency_key)
+        if job.status == JobStatus.VALIDATING_FILES:
+            self._scheduler.submit(job.id)
+        return job
+
+    def retrieve(self, id: str) -> Job:
+        """Raises: `ColaError(UNKNOWN_JOB)`."""
+        return self._store.job(id)
+
+    def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]:
+        """As `JobStore.jobs`."""
+        return self._store.jobs(after, limit)
+
+    def cancel(self, id: str) -> Job:
+        """Ends a job; a step under way is not waited for. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
+        return self._move(id, JobStatus.CANCELLED, self._scheduler.cancel, "Cancelled.")
+
+    def pause(self, id: str) -> Job:
+        """Holds a job. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
+        return self._move(id, JobStatus.PAUSED, self._scheduler.pause, "Paused.")
+
+    def resume(self, id: str) -> Job:
+        """Puts a paused job back into the queue. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
+        if (job := self._store.job(id)).status == JobStatus.RUNNING:
+            return job
+        return self._move(id, JobStatus.QUEUED, self._scheduler.resume, "Resumed.")
+
+    def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]:
+        """As `JobStore.events`."""
+        return self._store.events(job, after, limit)
+
+    def metrics(self, job: str, after_step: int = 0) -> list[StepMetrics]:
+        """As `JobStore.metrics`."""
+        return self._store.metrics(job, after_step)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoints(self, job: str, after: str | None = None, limit: int = 20) -> list[Checkpoint]:
+        """As `JobStore.checkpoints`."""
+        return self._store.checkpoints(job, after, limit)
+
+    def checkpoint_files(self, id: str) -> list[tuple[str, Path]]:
+        """A checkpoint's files: name within its folder, with slashes, and where it lies.
+
+        Raises: `ColaError(UNKNOWN_CHECKPOINT)`.
+        """
+        folder = self._artefacts.checkpoint_path(self._store.checkpoint(id).id)
+        return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def upload(self, filename: str, purpose: str, idempotency_key: str | None = None) -> Upload:
+        """A file to send: `with service.upload(…) as upload: upload.write(chunk) …; file = upload.finish()`.
+
+        Raises: as `Upload`.
+        """
+        return Upload(self._store, self._artefacts, filename, purpose, idempotency_key, self._limits)
+
+    def file(self, id: str) -> FileObject:
+        """Raises: `ColaError(UNKNOWN_FILE)`."""
+        return self._store.file(id)
+
+    def files(self, after: str | None = None, limit: int = 20) -> list[FileObject]:
+        """As `JobStore.files`."""
+        return self._store.files(after, limit)
+
+    def file_path(self, id: str) -> Path:
+        """Where a file's bytes lie. Raises: `ColaError(UNKNOWN_FILE)`."""
+        return self._artefacts.file_path(self._store.file(id).id)
+
+    def delete_file(self, id: str) -> None:
+        """Raises: `ColaError(UNKNOWN_FILE)`; `ColaError(FILE_IN_USE)` while a job needs it."""
+        self._store.delete_file(id)
+        self._artefacts.remove(id)
+
+    def models(self) -> list[ModelCard]:
+        """The base models."""
+        return list(self._catalogue.cards())
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _move(self, id: str, status: JobStatus, tell: Callable[[str], None], event: str) -> Job:
+        if (job := self._store.job(id)).status == status:
+            return job
+        job = self._store.transition(id, status, event=event)
+        tell(id)
+        return job
+
+    def _model(self, name: str) -> ModelCard:
+        cards = {card.id: card for card in self._catalogue.cards()}
+        if name not in cards:
+            near = difflib.get_close_matches(name, cards, n=3) or sorted(cards)
+            raise ColaError(Reason.UNKNOWN_MODEL, model=name, known=", ".join(near))
+        return cards[name]
+
+    def _check_data(self, spec: JobSpec, task: str) -> None:
+        training = self._dataset("training_file", spec.training_file)
+        survey = jsonl.survey(self.file_path(training.id), training.filename, task)
+        if survey.labels is not None and len(survey.labels) < 2:
+            problem = f"all {survey.examples} lines have one label; there is nothing to tell apart"
+            raise ColaError(Reason.INVALID_DATASET, file=training.filename, line=1, problem=problem)
+        if spec.validation_file is not None:
+            validation = self._dataset("validation_file", spec.validation_file)
+            jsonl.survey(self.file_path(validation.id), validation.filename, task, survey.labels)
+
+    def _dataset(self, param: str, id: str) -> FileObject:
+        file = self._store.file(id)
+        if file.purpose != "fine-tune":
+            problem = f"{id} was uploaded with purpose '{file.purpose}'; it takes one of 'fine-tune'"
+            raise ColaError(Reason.INVALID_JOB, param=param, problem=problem)
+        return file
+
+    def _check_source(self, source: str) -> None:
+        if source.startswith("ftckpt-"):
+            self._store.checkpoint(source)
+        elif self._store.file(source).purpose != "adapter":
+            problem = f"{source} was uploaded with purpose 'fine-tune'; it takes one of 'adapter'"
+            raise ColaError(Reason.INVALID_JOB, param="adapter.init_from", problem=problem)

@@ -1,0 +1,125 @@
+"""What the servicers stand on: interfaces, and the wait for them.
+
+The server listens before torch is imported and the models are loaded; a call that comes early waits here.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from cola_common.errors import ColaError
+from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, JobSpec, ModelCard, StepMetrics, WorkerCard
+from cola_common.messages import Hello, Message, ToWorker, Welcome
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Upload(Protocol):
+    """A file that is being sent. A context manager: left without `finish`, nothing stays."""
+
+    def __enter__(self) -> "Upload": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def write(self, chunk: bytes) -> None:
+        """Raises: `ColaError(FILE_TOO_LARGE | UNSAFE_FORMAT)`."""
+
+    def finish(self) -> FileObject:
+        """Raises: `ColaError(INVALID_FILE | UNSAFE_FORMAT)`."""
+
+
+class Jobs(Protocol):
+    """The rules of what users ask for. Synchronous; any thread may call."""
+
+    def create(self, spec: JobSpec, idempotency_key: str | None = None) -> Job: ...
+    def retrieve(self, id: str) -> Job: ...
+    def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]: ...
+    def cancel(self, id: str) -> Job: ...
+    def pause(self, id: str) -> Job: ...
+    def resume(self, id: str) -> Job: ...
+    def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]: ...
+    def metrics(self, job: str, after_step: int = 0) -> list[StepMetrics]: ...
+    def checkpoints(self, job: str, after: str | None = None, limit: int = 20) -> list[Checkpoint]: ...
+    def checkpoint_files(self, id: str) -> list[tuple[str, Path]]: ...
+    def upload(self, filename: str, purpose: str, idempotency_key: str | None = None) -> Upload: ...
+    def file(self, id: str) -> FileObject: ...
+    def files(self, after: str | None = None, limit: int = 20) -> list[FileObject]: ...
+    def file_path(self, id: str) -> Path: ...
+    def delete_file(self, id: str) -> None: ...
+    def models(self) -> Sequence[ModelCard]: ...
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]: ...
+
+
+class Outbox(Protocol):
+    """Messages that wait for one worker. `next` gives None once it is closed."""
+
+    async def next(self) -> ToWorker | None: ...
+    def close(self) -> None: ...
+
+
+class Attendance(Protocol):
+    """One worker's connected life; `ended` is done when the server wants it over, with the reason or with None."""
+
+    @property
+    def worker(self) -> str: ...
+    @property
+    def outbox(self) -> Outbox: ...
+    @property
+    def ended(self) -> "asyncio.Future[ColaError | None]": ...
+
+
+class Limits(Protocol):
+    """How long a worker may be silent, and how often both sides speak."""
+
+    @property
+    def lease_seconds(self) -> float: ...
+    @property
+    def heartbeat_seconds(self) -> float: ...
+
+
+class Fleet(Protocol):
+    """All workers. Belongs to the event loop; an attendance is what `attend` gave."""
+
+    @property
+    def limits(self) -> Limits: ...
+    def attend(self, hello: Hello) -> tuple[Any, Welcome]: ...
+    def leave(self, attendance: Any, problem: str) -> None: ...
+    def accept(self, attendance: Any, message: Message) -> None: ...
+    def admit(self, attendance: Any, message: Message) -> None: ...
+    def refuse(self, attendance: Any, message: Message, error: ColaError) -> None: ...
+    def cards(self) -> list[WorkerCard]: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is there once the server has started."""
+
+    jobs: Jobs
+    fleet: Fleet
+
+
+class Pending:
+    """The backend, or the wait for it."""
+
+    def __init__(self) -> None:
+        self._backend: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
+
+    def set(self, backend: Backend) -> None:
+        """Lets all calls through."""
+        self._backend.set_result(backend)
+
+    async def jobs(self) -> Jobs:
+        """Waits for the server to have started."""
+        return (await asyncio.shield(self._backend)).jobs
+
+    async def fleet(self) -> Fleet:
+        """Waits for the server to have started."""
+        return (await asyncio.shield(self._backend)).fleet
+
+
+async def blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs what reads files or the database off the event loop."""
+    return await asyncio.to_thread(function, *args, **kwargs)

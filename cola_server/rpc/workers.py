@@ -1,0 +1,26 @@
+"""`cola.v1.Workers`: convert, call, translate."""
+
+from typing import Any
+
+import grpc
+
+from cola_common import convert
+from cola_common.rpc import translated
+from cola_common.wire import workers_pb2, workers_pb2_grpc
+from cola_server.rpc.backend import Pending
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Workers(workers_pb2_grpc.WorkersServicer):
+    """See the proto."""
+
+    def __init__(self, backend: Pending) -> None:
+        self._backend = backend
+
+    async def List(  # noqa: N802 - gRPC's name
+        self, request: workers_pb2.ListWorkersRequest, context: Context
+    ) -> workers_pb2.ListWorkersResponse:
+        async with translated(context):
+            fleet = await self._backend.fleet()
+            return workers_pb2.ListWorkersResponse(data=[convert.worker_to_wire(card) for card in fleet.cards()])

@@ -1,0 +1,154 @@
+"""A header is believed only as far as its assignment allows, before any memory is taken."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import Assign, Capture, EncodedTensor, Part, ShardPlan
+from cola_common.tensor import CODECS, nbytes
+from cola_worker.expected import MAX_CALLS, Admission
+from tests.worker.driver import FAMILIES, PLAN, Driver, parameters_of, shard_plans
+
+WINDOW = 1 << 20
+
+
+def header(codec: str, *shape: int, size: int | None = None) -> EncodedTensor:
+    """A tensor as its header tells of it."""
+    return EncodedTensor(codec, shape, 0, nbytes(codec, shape) if size is None else size, 0, b"")
+
+
+def assignment(family: str = "lora", values: str = "bf16", max_rows: int = 64) -> Assign:
+    plans = shard_plans(FAMILIES[family])
+    driver = Driver(PLAN, plans, [], {p.index: 0 for p in plans}, parameters_of(plans), values, max_rows)
+    assign = driver.assignment()
+    return replace(assign, tensors=tuple(replace(t, data=b"") for t in assign.tensors))
+
+
+def capture(assign: Assign, parts: list[Part], *tensors: EncodedTensor) -> Capture:
+    return Capture(assign.job, assign.epoch, 0, tuple(parts), tensors)
+
+
+def admission(memory: int = 1 << 30, window: int = WINDOW) -> Admission:
+    return Admission(memory_bytes=memory, window_bytes=window)
+
+
+def refused(judge: Admission, message: Assign | Capture) -> Reason:
+    with pytest.raises(ColaError) as caught:
+        judge.admit(message)
+    return caught.value.reason
+
+
+X, G = Part("x", 0, 0), Part("g", 1, 0)  # widths 6 and 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("values", CODECS)
+@pytest.mark.parametrize("rows", [0, 1, 64])
+def test_what_was_assigned_is_admitted(family: str, values: str, rows: int) -> None:
+    assign, judge = assignment(family, values), admission()
+    judge.admit(assign)
+    judge.admit(capture(assign, [X, G], header(values, rows, 6), header(values, rows, 4)))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "zip"])
+@pytest.mark.parametrize("shape", [(9, 6), (9, 4)])
+def test_another_codec_is_not_admitted(codec: str, shape: tuple[int, int]) -> None:
+    assign, judge = assignment(), admission()
+    judge.admit(assign)
+    tensor = EncodedTensor(codec, shape, 0, 2 * math.prod(shape), 0, b"")
+    assert refused(judge, capture(assign, [X if shape[1] == 6 else G], tensor)) == Reason.PROTOCOL_VIOLATION
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        header("bf16", 65, 6),
+        header("bf16", 1 << 40, 6),
+        header("bf16", 9, 7),
+        header("bf16", 6),
+        header("bf16"),
+        header("bf16", 3, 3, 6),
+        header("bf16", 9, 6, size=107),
+        header("bf16", 9, 6, size=1 << 40),
+        header("bf16", -1, 6),
+    ],
+    ids=lambda t: f"{t.shape}-{t.nbytes}",
+)
+def test_another_size_is_not_admitted(tensor: EncodedTensor) -> None:
+    assign, judge = assignment(), admission()
+    judge.admit(assign)
+    assert refused(judge, capture(assign, [X], tensor)) == Reason.PROTOCOL_VIOLATION
+
+
+@pytest.mark.parametrize(
+    "part", [Part("x", 2, 0), Part("g", 3, 0), Part("h", 0, 0), Part("x", 0, -1), Part("x", 0, MAX_CALLS)], ids=str
+)
+def test_another_part_is_not_admitted(part: Part) -> None:
+    assign, judge = assignment(), admission()
+    judge.admit(assign)
+    assert refused(judge, capture(assign, [part], header("bf16", 9, 6))) == Reason.PROTOCOL_VIOLATION
+
+
+def test_parts_and_tensors_belong_together_one_to_one() -> None:
+    assign, judge = assignment(), admission()
+    judge.admit(assign)
+    x = header("bf16", 9, 6)
+    for parts, tensors in (([X], [x, x]), ([X, G], [x]), ([X, X], [x, x])):
+        assert refused(judge, capture(assign, parts, *tensors)) == Reason.PROTOCOL_VIOLATION
+
+
+def test_a_frame_is_bounded_by_the_window_and_one_tensor() -> None:
+    assign, judge = assignment(max_rows=100), admission(window=10_000)
+    judge.admit(assign)
+    x = header("bf16", 100, 6)  # 1,200 bytes, the largest that this assignment allows
+    for count in range(1, 12):
+        message = capture(assign, [Part("x", 0, call) for call in range(count)], *[x] * count)
+        if count * 1200 <= 11_200:
+            judge.admit(message)
+        else:
+            assert refused(judge, message) == Reason.PROTOCOL_VIOLATION
+
+
+def test_captures_of_another_epoch_or_job_are_stale_and_not_read() -> None:
+    first, judge = assignment(), admission()
+    x = header("bf16", 9, 6)
+    assert refused(judge, capture(first, [X], x)) == Reason.STALE_EPOCH
+    judge.admit(first)
+    second = replace(first, epoch=2)
+    assert refused(judge, capture(second, [X], x)) == Reason.STALE_EPOCH
+    judge.admit(second)
+    assert refused(judge, capture(first, [X], x)) == Reason.STALE_EPOCH
+    judge.admit(capture(second, [X], x))
+    judge.forget(first.job)
+    assert refused(judge, capture(second, [X], x)) == Reason.STALE_EPOCH
+
+
+def wrong_assignments() -> dict[str, Assign]:
+    good = assignment()
+    shards = good.shards
+    swapped = (good.names[1], good.names[0], *good.names[2:])
+    huge = ShardPlan(index=0, site="s", family=FAMILIES["linear"], d_in=1 << 40, d_out=1 << 40, group=0)
+    return {
+        "unknown codec": replace(good, values="int3"),
+        "a parameter too few": replace(good, names=good.names[:-1], tensors=good.tensors[:-1]),
+        "a name too few": replace(good, names=good.names[:-1]),
+        "order": replace(good, names=swapped),
+        "shape": replace(good, tensors=(header("fp32", 3, 7), *good.tensors[1:])),
+        "codec": replace(good, tensors=(header("bf16", 3, 6), *good.tensors[1:])),
+        "size": replace(good, tensors=(header("fp32", 3, 6, size=1 << 50), *good.tensors[1:])),
+        "one shard twice": replace(good, shards=(*shards, shards[0])),
+        "a group of two widths": replace(good, shards=(replace(shards[0], group=1), *shards[1:])),
+        "more than memory": replace(
+            good, shards=(huge,), names=((0, "W"),), tensors=(header("fp32", 1 << 40, 1 << 40),)
+        ),
+    }
+
+
+@pytest.mark.parametrize("wrong", wrong_assignments())
+def test_an_assignment_that_contradicts_itself_is_not_admitted(wrong: str) -> None:
+    assign, judge = wrong_assignments()[wrong], admission()
+    assert refused(judge, assign) in (Reason.PROTOCOL_VIOLATION, Reason.UNSUPPORTED_CODEC)
+    good = assignment()
+    judge.admit(good)
