@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from cola_common.errors import ColaError, Reason
 from cola_common.rpc import is_loopback
@@ -102,7 +108,9 @@ class ServerConfig(BaseSettings):
         try:
             return Tokens.model_validate(tomllib.loads(self.token_file.read_text()))
         except (OSError, ValueError) as error:
-            raise ColaError(Reason.INVALID_CONFIG, setting="token_file", problem=f"{self.token_file}: {error}") from None
+            raise ColaError(
+                Reason.INVALID_CONFIG, setting="token_file", problem=f"{self.token_file}: {error}"
+            ) from None
 
 
 class Tokens(BaseModel):

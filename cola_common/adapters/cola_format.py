@@ -77,6 +77,8 @@ def read(folder: Path, source: str) -> Imported:
     shards: dict[str, Parameters] = {}
     for key, tensor in files.read_tensors(folder / WEIGHTS, source).items():
         site, _, name = key.rpartition(".")
+        if not site:
+            raise files.refused(source, f"{WEIGHTS}: {key} names no site")
         shards.setdefault(site, {})[name] = tensor
     head = None
     if config.head is not None:

@@ -167,10 +167,9 @@ def _task_type(task: Task, head_name: str | None) -> str | None:
 
 
 def _saved_in_full(path: str, config: _LoraConfig) -> bool:
-    """Whether the key's module is one of `modules_to_save`, which PEFT matches by suffix."""
+    """Whether the key's module is one of `modules_to_save`, which PEFT matches by its last letters."""
     module, _, name = path.rpartition(".")
-    names = config.modules_to_save or []
-    return name in ("weight", "bias") and any(module == wanted or module.endswith(f".{wanted}") for wanted in names)
+    return name in ("weight", "bias") and module.endswith(tuple(config.modules_to_save or ()))
 
 
 def _checked_lora(site: str, parameters: Parameters, r: int, source: str) -> Parameters:

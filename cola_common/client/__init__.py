@@ -1,4 +1,4 @@
-"""The Python client: `Client`, and `AsyncClient` for asyncio. The records that they return are in `cola_common.jobs`."""
+"""The Python client: `Client`, and `AsyncClient` for asyncio; `cola_common.jobs` has the records that they return."""
 
 from cola_common.client.aio import AsyncClient
 from cola_common.client.jobs import JobFailedError

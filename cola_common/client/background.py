@@ -9,6 +9,8 @@ from typing import Any, TypeVar, final
 
 T = TypeVar("T")
 
+CANCEL_SECONDS = 5.0  # how long an interrupted caller waits for the call's own end
+
 
 @final
 class BackgroundLoop:
@@ -29,13 +31,22 @@ class BackgroundLoop:
         if not self._end.alive:
             coroutine.close()
             raise RuntimeError("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        over = threading.Event()
+
+        async def told() -> T:
+            try:
+                return await coroutine
+            finally:
+                over.set()
+
+        future = asyncio.run_coroutine_threadsafe(told(), self._loop)
         try:
             return future.result()
         except CancelledError:
             raise RuntimeError("the client was closed during the call") from None
         except BaseException:
             future.cancel()
+            over.wait(CANCEL_SECONDS)
             raise
 
     def iterate(self, generator: AsyncGenerator[T, None]) -> Iterator[T]:
@@ -49,7 +60,8 @@ class BackgroundLoop:
                 yield value
         finally:
             if self._end.alive:
-                self.run(generator.aclose())
+                # Nobody waits for it: the garbage collector may end an iteration, on whatever thread it runs.
+                asyncio.run_coroutine_threadsafe(_close(generator), self._loop)
 
     def close(self, before: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs `before` and ends the thread; the second time, nothing."""
@@ -62,6 +74,10 @@ async def _next(generator: AsyncGenerator[T, None]) -> T:
     return await anext(generator)
 
 
+async def _close(generator: AsyncGenerator[T, None]) -> None:
+    await generator.aclose()
+
+
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     async def cancel_all() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -69,8 +85,10 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.shutdown_asyncgens()
-        await loop.shutdown_default_executor()
 
+    if threading.current_thread() is thread:  # the garbage collector may run on any thread
+        loop.stop()
+        return
     asyncio.run_coroutine_threadsafe(cancel_all(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

@@ -23,9 +23,7 @@ class AsyncCheckpoints:
         self._connection = connection
         self._stub = CheckpointsStub(connection.channel)
 
-    async def list(
-        self, job_id: str, *, after: str | None = None, limit: int | None = None
-    ) -> AsyncPage[Checkpoint]:
+    async def list(self, job_id: str, *, after: str | None = None, limit: int | None = None) -> AsyncPage[Checkpoint]:
         """A job's checkpoints, `limit` a page, from behind the checkpoint `after`. Raises: `ColaError(UNKNOWN_JOB)`."""
         request = checkpoints_pb2.ListCheckpointsRequest(job=job_id, after=after, limit=page_size(limit))
         answer = await self._connection.call(self._stub.List, request)

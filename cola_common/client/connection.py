@@ -6,19 +6,20 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import grpc
 
 from cola_common.errors import ColaError, Reason
-from cola_common.rpc import connect, from_rpc
+from cola_common.rpc.channels import connect
+from cola_common.rpc.status import from_rpc
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 T = TypeVar("T")
 
 CALL_SECONDS = 60.0
-"""A call's deadline. Creating a job may run a small forward pass on the server; nothing that is waited for takes longer."""
+"""A call's deadline. The longest one creates a job, for which the server may run a small forward pass."""
 
 PATIENCE_SECONDS = 3.0
 """How long a call that may be repeated is: a blip of the network passes, a wrong address is told soon."""
@@ -114,7 +115,7 @@ class Connection:
 
 
 async def pause(ceiling: float) -> None:
-    """Sleeps for a random time of up to `ceiling` seconds, so that clients which failed together do not return together."""
+    """Sleeps for a random time of up to `ceiling` seconds: clients that failed together do not return together."""
     await asyncio.sleep(_random.uniform(0, max(ceiling, 0)))
 
 
@@ -131,8 +132,3 @@ def page_size(limit: int | None) -> int:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; ask for 1 or more")
     return limit or 0
-
-
-def local_fields(**fields: Any) -> dict[str, Any]:
-    """The fields that were given: None stands for the server's default."""
-    return {name: value for name, value in fields.items() if value is not None}

@@ -50,7 +50,7 @@ class IncomingFolder:
             except FileExistsError:
                 raise _violation(f"{path} was sent twice") from None
         if file_bytes != self._size or offset != self._written or offset + len(data) > self._size:
-            raise _violation(f"{path}: {len(data)} bytes at {offset}, where byte {self._written} of {self._size} is next")
+            raise _violation(f"{path}: {len(data)} bytes at {offset}; next is byte {self._written} of {self._size}")
         self._file.write(data)
         self._written += len(data)
 

@@ -1,6 +1,7 @@
 """Fine-tuning jobs: create, follow, steer."""
 
 import asyncio
+import builtins
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -9,7 +10,7 @@ from typing import Any, Literal, final
 
 from cola_common import ids
 from cola_common.client.checkpoints import AsyncCheckpoints
-from cola_common.client.connection import PATIENCE_SECONDS, Connection, local_fields, new_key, page_size, pause, transient
+from cola_common.client.connection import PATIENCE_SECONDS, Connection, new_key, page_size, pause, transient
 from cola_common.client.files import AsyncFiles
 from cola_common.client.pages import AsyncPage
 from cola_common.convert import event_from_wire, job_from_wire, metrics_from_wire, spec_to_wire
@@ -19,7 +20,7 @@ from cola_common.wire import jobs_pb2
 from cola_common.wire.jobs_pb2_grpc import JobsStub
 
 OUTAGE_SECONDS = 600.0
-"""How long someone who follows a job waits for a server that was there and is gone: the time of a restart or an upgrade."""
+"""How long someone who follows a job waits for a server that was there and is gone: time enough to restart it."""
 
 REOPEN_SECONDS = 1.0  # those who follow do not all return in the moment in which a server is back
 
@@ -29,11 +30,7 @@ class JobFailedError(Exception):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        super().__init__(f"job {job.id} {_end(job)}")
-
-
-def _end(job: Job) -> str:
-    return f"failed: {job.error.message}" if job.error is not None else job.status.value
+        super().__init__(f"job {job.id} {job.status}" + ("" if job.error is None else f": {job.error.message}"))
 
 
 @final
@@ -68,19 +65,20 @@ class AsyncJobs:
 
         Raises: `ColaError`, such as INVALID_JOB with the wrong field, UNKNOWN_MODEL, UNKNOWN_TARGET and RANK_TOO_LARGE.
         """
-        fields = local_fields(
-            model=model,
-            training_file=training_file,
-            validation_file=validation_file,
-            seed=seed,
-            suffix=suffix,
-            metadata=metadata,
-            method=method,
-            adapter=adapter,
-            hyperparameters=hyperparameters,
-            fold=fold,
-            wire=wire,
-        )
+        given = {
+            "model": model,
+            "training_file": training_file,
+            "validation_file": validation_file,
+            "seed": seed,
+            "suffix": suffix,
+            "metadata": metadata,
+            "method": method,
+            "adapter": adapter,
+            "hyperparameters": hyperparameters,
+            "fold": fold,
+            "wire": wire,
+        }
+        fields = {name: value for name, value in given.items() if value is not None}
         folder = _adapter_folder(adapter)
         if adapter is not None and folder is not None:
             fields["adapter"] = {**adapter, "init_from": str(folder)}
@@ -159,7 +157,13 @@ class AsyncJobs:
                 return
             await pause(REOPEN_SECONDS)
 
-    async def wait(self, job_id: str, *, timeout: float | None = None, raise_on_failure: bool = False) -> Job:
+    async def wait(
+        self,
+        job_id: str,
+        *,
+        timeout: float | None = None,
+        raise_on_failure: bool = False,
+    ) -> Job:
         """Waits until a job has ended, well or not, and returns it.
 
         Raises: `TimeoutError` after `timeout` seconds; `JobFailedError` if asked to, for a job that failed or was
@@ -179,11 +183,11 @@ class AsyncJobs:
             raise JobFailedError(job)
         return job
 
-    async def metrics(self, job_id: str, *, after_step: int = 0) -> "list[StepMetrics]":
+    async def metrics(self, job_id: str, *, after_step: int = 0) -> builtins.list[StepMetrics]:
         """One record for each step behind `after_step`, in their order. Raises: `ColaError(UNKNOWN_JOB)`."""
         request = jobs_pb2.JobMetricsRequest(job=job_id, after_step=after_step)
 
-        async def attempt() -> "list[StepMetrics]":
+        async def attempt() -> builtins.list[StepMetrics]:
             async with aclosing(self._connection.stream(self._stub.Metrics, request)) as records:
                 return [metrics_from_wire(record) async for record in records]
 

@@ -1,5 +1,6 @@
 """The client for everybody else: the asyncio one, run on a background thread."""
 
+import builtins
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -149,7 +150,7 @@ class Jobs:
         """As `AsyncJobs.wait`."""
         return self._loop.run(self._twin.wait(job_id, timeout=timeout, raise_on_failure=raise_on_failure))
 
-    def metrics(self, job_id: str, *, after_step: int = 0) -> "list[StepMetrics]":
+    def metrics(self, job_id: str, *, after_step: int = 0) -> builtins.list[StepMetrics]:
         """As `AsyncJobs.metrics`."""
         return self._loop.run(self._twin.metrics(job_id, after_step=after_step))
 

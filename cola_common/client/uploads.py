@@ -1,5 +1,6 @@
 """What can be uploaded: a path, bytes, an open file, or an adapter's folder, which travels as one archive."""
 
+import io
 import os
 import tempfile
 import zipfile
@@ -23,7 +24,7 @@ _LAYOUTS = (
 @final
 @dataclass(frozen=True)
 class Upload:
-    """An open file, the name that it goes by, and where its content starts (an upload that broke starts there again)."""
+    """An open file, the name that it goes by, and where its content starts: there, too, when an upload is repeated."""
 
     name: str
     file: BinaryIO
@@ -38,10 +39,7 @@ def opened(source: FileSource) -> Iterator[Upload]:
     """
     if isinstance(source, tuple | bytes):
         name, content = source if isinstance(source, tuple) else ("upload", source)
-        with tempfile.SpooledTemporaryFile(max_size=len(content) + 1) as memory:
-            memory.write(content)
-            memory.seek(0)
-            yield Upload(name, memory)
+        yield Upload(name, io.BytesIO(content))
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():
@@ -57,7 +55,7 @@ def opened(source: FileSource) -> Iterator[Upload]:
 
 
 def pack(folder: Path, archive: BinaryIO) -> None:
-    """Writes the adapter in `folder` to `archive`: a ZIP without compression, the two files of its layout and no others.
+    """Writes the adapter in `folder` to `archive`: a ZIP without compression, of its layout's two files and no others.
 
     Raises: `OSError`; `ColaError(INVALID_ADAPTER)`.
     """

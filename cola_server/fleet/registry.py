@@ -26,7 +26,7 @@ from cola_common.messages import (
     Welcome,
     payload,
 )
-from cola_server.fleet.exchange import Exchange
+from cola_server.fleet.exchange import Exchange, WorkerLost
 from cola_server.fleet.outbox import Outbox
 from cola_server.fleet.placement import Candidate
 
@@ -84,7 +84,8 @@ class Fleet:
 
     def attend(self, hello: Hello) -> tuple[Attendance, Welcome]:
         """Lets a worker in. Raises: `ColaError` (PROTOCOL_VERSION, WORKER_QUARANTINED, DUPLICATE_WORKER,
-        SERVER_DRAINING, PROTOCOL_VIOLATION)."""
+        SERVER_DRAINING, PROTOCOL_VIOLATION).
+        """
         if self._closing:
             raise ColaError(Reason.SERVER_DRAINING)
         if not hello.protocol_min <= PROTOCOL <= hello.protocol_max:
@@ -183,9 +184,7 @@ class Fleet:
             if not isinstance(message, Refusal):
                 current = exchange.epoch if exchange is not None else "none"
                 stale = ColaError(Reason.STALE_EPOCH, epoch=message.epoch, job=message.job, current=current)
-                attendance.outbox.put(
-                    Refusal(message.job, message.epoch, message.step, stale.reason, stale.message)
-                )
+                attendance.outbox.put(Refusal(message.job, message.epoch, message.step, stale.reason, stale.message))
             return
         answer = exchange.accept(attendance.worker, message)
         if answer is not None:
@@ -207,7 +206,10 @@ class Fleet:
         ]
 
     def outboxes(self, workers: Collection[str]) -> dict[str, Outbox]:
-        """Where messages to these workers, each of which must attend, wait."""
+        """Where messages to these workers wait. Raises: `WorkerLost` for one that does not attend."""
+        for worker in workers:
+            if worker not in self._present:
+                raise WorkerLost(worker, "it left")
         return {worker: self._present[worker].outbox for worker in workers}
 
     def open(self, exchange: Exchange, loads: Mapping[str, int]) -> None:
@@ -228,7 +230,8 @@ class Fleet:
         self._tell()
 
     def change(self) -> asyncio.Future[None]:
-        """Done at the next coming, going or release. Take it before looking, then await it."""
+        """Done at the next coming, going or release. Take it before looking, then wait for it with `asyncio.wait`:
+        it is everybody's, and must not be cancelled."""
         return self._changed
 
     def cards(self) -> list[WorkerCard]:

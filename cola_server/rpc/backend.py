@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
 from cola_common.errors import ColaError
 from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, JobSpec, ModelCard, StepMetrics, WorkerCard
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Upload(Protocol):
     """A file that is being sent. A context manager: left without `finish`, nothing stays."""
 
-    def __enter__(self) -> "Upload": ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 

@@ -1,6 +1,6 @@
 """A job under one epoch, from its start to its end or to the first failure.
 
-    reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack
+reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack
 """
 
 import math
@@ -18,7 +18,7 @@ from cola_server.fleet import Exchange, WorkerBlamed
 from cola_server.model import JobAdapter, JobBatch, Merging, evaluate, train
 from cola_server.training import data
 from cola_server.training.captures import CapturePacker
-from cola_server.training.catalogue import PAD_MULTIPLE, capture_bytes
+from cola_server.training.catalogue import capture_bytes
 from cola_server.training.checkpoints import write_checkpoint
 from cola_server.training.judgement import Judgement
 from cola_server.training.prepared import Prepared
@@ -82,9 +82,8 @@ class Attempt:
 
     async def run(self) -> None:
         """Raises: `WorkerLost`, `WorkerBlamed`; `ColaError` where the job is at fault."""
-        job = (await self._records.job()).id
         exchange = Exchange(
-            job=job,
+            job=self._prepared.job,
             epoch=self._epoch,
             owners=self._owners,
             outboxes=self._services.fleet.outboxes(set(self._owners.values())),
@@ -104,9 +103,7 @@ class Attempt:
                 plan=self._prepared.plan,
                 values=self._spec.wire.values,
                 max_rows=self._max_rows(),
-                shards=[
-                    ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in self._prepared.sites
-                ],
+                shards=[ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in self._prepared.sites],
                 parameters=parameters,
             )
             try:
@@ -115,7 +112,7 @@ class Attempt:
             finally:
                 await self._unmerge(merging)
         except BaseException as error:
-            reason = f"the attempt ended: {error or type(error).__name__}"
+            reason = f"the attempt ended: {str(error) or type(error).__name__}"
             raise
         finally:
             self._services.fleet.release(exchange, reason, keep=False)
@@ -127,7 +124,7 @@ class Attempt:
 
     def _max_rows(self) -> int:
         h = self._spec.hyperparameters
-        return h.batch_size * math.ceil(h.max_length / PAD_MULTIPLE) * PAD_MULTIPLE
+        return h.batch_size * math.ceil(h.max_length / data.PAD_MULTIPLE) * data.PAD_MULTIPLE
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -297,13 +294,9 @@ class Attempt:
     def _checkpoint(self, job: str, adapter: JobAdapter, metrics: StepMetrics) -> None:
         write_checkpoint(self._services, self._prepared, job, adapter, metrics)
 
-    def _job_batch(
-        self, examples: Sequence[data.Example], adapter: JobAdapter, merging: Merging | None
-    ) -> JobBatch:
-        ids, mask, labels = data.collate(examples, self._prepared.pad_id)
-        return JobBatch(
-            input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None
-        )
+    def _job_batch(self, examples: Sequence[data.Example], adapter: JobAdapter, merging: Merging | None) -> JobBatch:
+        ids, mask, labels = data.collate(examples, self._prepared.pad_id, self._prepared.max_positions)
+        return JobBatch(input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None)
 
     # --- merging and pausing ----------------------------------------------------------------------------------------
 

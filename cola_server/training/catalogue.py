@@ -13,9 +13,8 @@ from cola_common.jobs import JobSpec, ModelCard
 from cola_common.tensor import nbytes
 from cola_server.jobs import Artefacts
 from cola_server.model import BaseModel, JobAdapter, Site, probe
+from cola_server.training.data import PAD_MULTIPLE
 from cola_server.training.numerics import Numerics
-
-PAD_MULTIPLE = 16
 
 
 class Catalogue:
@@ -88,16 +87,23 @@ class Catalogue:
         if largest > self._window_bytes:
             raise ColaError(Reason.BATCH_TOO_LARGE, bytes=largest, limit=self._window_bytes)
         if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
-            JobAdapter.initial(sites, spec.seed, torch.device("cpu"), self.start(spec))
+            start = self.start(spec, sites)
+            JobAdapter.initial(sites, spec.seed, torch.device("cpu"), start, source=spec.adapter.init_from)
 
-    def start(self, spec: JobSpec) -> Mapping[str, Parameters] | None:
+    def start(self, spec: JobSpec, sites: Sequence[Site]) -> Mapping[str, Parameters] | None:
         """Where the job's adapter starts, by site, if it continues from another.
 
         Raises: `ColaError` (UNKNOWN_FILE, UNKNOWN_CHECKPOINT, INVALID_ADAPTER).
         """
         source = spec.adapter.init_from
-        return None if source is None else peft_format.load(self._artefacts.adapter_path(source)).shards
-
+        if source is None:
+            return None
+        imported = peft_format.load(self._artefacts.adapter_path(source))
+        if imported.family != sites[0].family:
+            problem = f"it is {imported.family}, the job asks for {sites[0].family}"
+            raise ColaError(Reason.INVALID_ADAPTER, source=source, problem=problem)
+        heads = {} if imported.head is None else {imported.head.site: imported.head.parameters}
+        return {**imported.shards, **heads}
 
 
 def capture_bytes(sites: Sequence[Site], values: str, *, tokens: int, examples: int) -> int:

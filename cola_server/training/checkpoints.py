@@ -1,6 +1,5 @@
 """What a user downloads: the adapter at a step, in PEFT's format or the project's own, and merged as a full model."""
 
-import hashlib
 import time
 
 from cola_common import ids
@@ -20,16 +19,17 @@ def write_checkpoint(
         for site, parameters in zip(prepared.sites, adapter.state(), strict=True)
     ]
     id = ids.new("ftckpt")
-    with services.artefacts.new_checkpoint(id) as folder:
-        weights = peft_format.export(
+    digest = services.artefacts.write_checkpoint(
+        id,
+        lambda folder: peft_format.export(
             folder,
             shards,
-            base_model=prepared.base.path,
+            base_model=prepared.base.module.name_or_path or prepared.base.name,
             task=prepared.base.task,
             head_name=prepared.base.head_name,
             fan_in_fan_out=any(site.kind == "conv1d" for site in prepared.sites),
-        )
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        ),
+    )
     losses = {"train_loss": metrics.train_loss}
     if metrics.valid_loss is not None:
         losses["valid_loss"] = metrics.valid_loss

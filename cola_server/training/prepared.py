@@ -15,12 +15,19 @@ class Prepared:
 
     def __init__(self, job: Job, catalogue: Catalogue, artefacts: Artefacts) -> None:
         spec, h = job.spec, job.spec.hyperparameters
+        self.job = job.id
         self.spec = spec
         self.base: BaseModel = catalogue.model(spec.model)
         read = artefacts.file_path
         self.training = data.read(read(spec.training_file), self.base.task, self.base.tokenizer, h.max_length)
         self.validation = (
-            data.read(read(spec.validation_file), self.base.task, self.base.tokenizer, h.max_length)
+            data.read(
+                read(spec.validation_file),
+                self.base.task,
+                self.base.tokenizer,
+                h.max_length,
+                self.training.label_names,
+            )
             if spec.validation_file is not None
             else None
         )
@@ -28,9 +35,7 @@ class Prepared:
         self.sites = catalogue.sites(spec, labels)
         self.batches = data.Batches(self.training, h.batch_size, spec.seed, h.shuffle)
         self.total_steps = data.total_steps(len(self.training.examples), h)
-        self.total_batches = (
-            h.max_steps * h.adaptation_interval if h.max_steps else h.n_epochs * self.batches.per_epoch
-        )
+        self.total_batches = data.total_batches(len(self.training.examples), h)
         self.plan = OptimizerPlan(
             optimizer=h.optimizer,
             learning_rate=h.learning_rate,
@@ -42,11 +47,17 @@ class Prepared:
             warmup_steps=warmup_steps(h.warmup_ratio, self.total_steps),
             total_steps=self.total_steps,
         )
-        self.start = catalogue.start(spec)
+        self.start = catalogue.start(spec, self.sites)
 
     @property
     def pad_id(self) -> int:
-        return self.base.tokenizer.pad_token_id
+        """What fills padding; masks tell it apart, not this."""
+        return int(self.base.tokenizer.pad_token_id)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model takes, where it says so."""
+        return getattr(self.base.module.config, "max_position_embeddings", None)
 
     @staticmethod
     def parameter_bytes(site: Site) -> int:

@@ -8,6 +8,7 @@ from cola_common.errors import ColaError
 from cola_common.jobs import Job, JobFailure, JobStatus, StepMetrics
 from cola_server.jobs import JobStore
 
+
 class Records:
     """One job's records. Every method commits off the event loop."""
 
@@ -63,9 +64,7 @@ class Records:
 
         def write() -> None:
             self._store.put_metrics(self._job, metrics)
-            self._store.progress(
-                self._job, step=metrics.step, trained_tokens=trained_tokens, estimated_finish=finish
-            )
+            self._store.progress(self._job, step=metrics.step, trained_tokens=trained_tokens, estimated_finish=finish)
             self._store.add_event(self._job, text, type="metrics", data=dict(numbers))
 
         await asyncio.to_thread(write)

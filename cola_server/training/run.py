@@ -29,7 +29,8 @@ class JobRun:
 
     async def run(self) -> None:
         """Runs the job to its end, which is in the store when this returns. Cancelled, it leaves the status to the
-        canceller."""
+        canceller.
+        """
         try:
             prepared = await self._prepare()
             async with self._turn:
@@ -83,4 +84,4 @@ class JobRun:
             if not waiting:
                 waiting = True
                 await self._records.waiting(True)
-            await change
+            await asyncio.wait([change])

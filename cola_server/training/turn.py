@@ -6,7 +6,7 @@ from typing import Self
 
 
 class Turn:
-    """Held with `async with` while a job runs. All jobs of a server share the `line`, which is first come, first served."""
+    """Held with `async with` while a job runs. All jobs share the `line`, which is first come, first served."""
 
     def __init__(self, line: asyncio.Lock) -> None:
         self._line = line

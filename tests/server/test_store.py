@@ -1,0 +1,476 @@
+"""The store: what it is told stays, across threads, repeats, restarts and damage."""
+
+import math
+import sqlite3
+import threading
+import time
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from cola_common import ids
+from cola_common.errors import ColaError, Reason
+from cola_common.jobs import (
+    TRANSITIONS,
+    Checkpoint,
+    FileObject,
+    Hyperparameters,
+    JobFailure,
+    JobSpec,
+    JobStatus,
+    LoraAdapter,
+    StepMetrics,
+)
+from cola_server.jobs import JobStore
+from cola_server.jobs.database import Database
+from cola_server.jobs.tables import Table
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'cola.db'}"
+
+
+@pytest.fixture
+def store(url):
+    store = JobStore(url)
+    yield store
+    store.close()
+
+
+def add_file(store, purpose="fine-tune", key=None, digest="0" * 64):
+    return store.add_file(
+        FileObject(
+            id=ids.new("file"), filename="a.jsonl", purpose=purpose, bytes=1, created_at=time.time(), digest=digest
+        ),
+        key,
+    )
+
+
+def make_job(store, key=None, **fields):
+    fields.setdefault("training_file", add_file(store).id)
+    return store.create_job(JobSpec(model="m", **fields), key)
+
+
+def metrics(step, **fields):
+    numbers = {name: float(step) for name, field in StepMetrics.model_fields.items() if field.annotation is float}
+    counts = {name: step for name, field in StepMetrics.model_fields.items() if field.annotation is int}
+    return StepMetrics(**{**numbers, **counts, "step": step, **fields})
+
+
+def checkpoint(job, step, **fields):
+    return Checkpoint(
+        id=ids.new("ftckpt"), job=job, step_number=step, created_at=1.0, metrics={"train_loss": 0.5}, digest="d", **fields
+    )
+
+
+def reason(error):
+    return error.value.reason
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_job_is_its_spec_and_waits_for_validation(store):
+    spec = JobSpec(
+        model="m",
+        training_file=add_file(store).id,
+        seed=2**63 - 1,
+        metadata={"team": "á"},
+        adapter=LoraAdapter(target_modules=("q", "v")),
+        hyperparameters=Hyperparameters(max_steps=3, learning_rate=1e-5),
+    )
+    job = store.create_job(spec)
+    assert job.spec == spec
+    assert (job.status, job.step, job.epoch, job.total_steps, job.error) == ("validating_files", 0, 0, None, None)
+    assert ids.valid("ftjob", job.id)
+    assert store.job(job.id) == job
+
+
+def test_everything_survives_a_restart(store, url):
+    job = make_job(store, "key")
+    store.set_total_steps(job.id, 7)
+    store.transition(job.id, JobStatus.QUEUED, event="Queued.")
+    store.transition(job.id, JobStatus.RUNNING)
+    store.begin_epoch(job.id)
+    store.progress(job.id, step=2, trained_tokens=2**40, estimated_finish=1e9)
+    store.put_metrics(job.id, metrics(1))
+    kept = store.add_checkpoint(checkpoint(job.id, 2))
+    before = (store.job(job.id), store.events(job.id), store.metrics(job.id), store.files())
+    store.close()
+    again = JobStore(url)
+    assert not again.fresh
+    assert (again.job(job.id), again.events(job.id), again.metrics(job.id), again.files()) == before
+    assert again.checkpoint(kept.id) == kept
+    assert before[0].trained_tokens == 2**40
+    again.close()
+
+
+def test_one_key_makes_one_job(store):
+    spec = JobSpec(model="m", training_file=add_file(store).id)
+    first = store.create_job(spec, "key")
+    assert store.create_job(spec, "key") == first
+    assert store.job_by_key(spec, "key") == first
+    assert store.job_by_key(spec, "other") is None
+    assert store.create_job(spec, "other").id != first.id
+    assert store.create_job(spec).id != store.create_job(spec).id
+    with pytest.raises(ColaError) as error:
+        store.create_job(spec.model_copy(update={"seed": 1}), "key")
+    assert reason(error) == Reason.INVALID_JOB
+
+
+def test_one_key_makes_one_job_from_many_threads_at_once(store):
+    spec = JobSpec(model="m", training_file=add_file(store).id)
+    made = []
+    run_at_once(lambda: made.append(store.create_job(spec, "key").id), threads=8)
+    assert len(made) == 8
+    assert len(set(made)) == 1
+    assert len(store.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"training_file": "file-" + "0" * 24}, Reason.UNKNOWN_FILE),
+        ({"validation_file": "file-" + "0" * 24}, Reason.UNKNOWN_FILE),
+        ({"adapter": LoraAdapter(init_from="file-" + "0" * 24)}, Reason.UNKNOWN_FILE),
+        ({"adapter": LoraAdapter(init_from="ftckpt-" + "0" * 24)}, Reason.UNKNOWN_CHECKPOINT),
+    ],
+)
+def test_no_job_is_made_of_what_is_not_here(store, fields, wanted):
+    with pytest.raises(ColaError) as error:
+        make_job(store, **fields)
+    assert reason(error) == wanted
+    assert store.jobs() == []
+
+
+def walk_to(store, status):
+    """A job in that status, by a legal way."""
+    ways = {
+        JobStatus.VALIDATING_FILES: [],
+        JobStatus.QUEUED: [JobStatus.QUEUED],
+        JobStatus.RUNNING: [JobStatus.QUEUED, JobStatus.RUNNING],
+        JobStatus.PAUSED: [JobStatus.QUEUED, JobStatus.PAUSED],
+        JobStatus.SUCCEEDED: [JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.SUCCEEDED],
+        JobStatus.FAILED: [JobStatus.FAILED],
+        JobStatus.CANCELLED: [JobStatus.CANCELLED],
+    }
+    job = make_job(store)
+    for step in ways[status]:
+        job = store.transition(job.id, step)
+    return job
+
+
+@pytest.mark.parametrize("wanted", JobStatus)
+@pytest.mark.parametrize("status", JobStatus)
+def test_a_status_moves_along_legal_transitions_only(store, status, wanted):
+    job = walk_to(store, status)
+    if wanted in TRANSITIONS[status]:
+        moved = store.transition(job.id, wanted, event="So it is.")
+        assert moved.status == wanted
+        assert (moved.finished_at is not None) == wanted.terminal
+        (event,) = store.events(job.id)
+        assert (event.type, event.message, event.data) == ("status", "So it is.", {"status": wanted.value})
+    else:
+        with pytest.raises(ColaError) as error:
+            store.transition(job.id, wanted, event="So it is.")
+        assert reason(error) == Reason.ILLEGAL_TRANSITION
+        assert store.job(job.id) == job
+        assert store.events(job.id) == []
+
+
+def test_of_many_threads_one_ends_a_job(store):
+    job = walk_to(store, JobStatus.RUNNING)
+    outcomes = []
+
+    def end():
+        try:
+            outcomes.append(store.transition(job.id, JobStatus.CANCELLED).status)
+        except ColaError as error:
+            outcomes.append(error.reason)
+
+    run_at_once(end, threads=6)
+    assert sorted(outcomes) == sorted([JobStatus.CANCELLED, *[Reason.ILLEGAL_TRANSITION] * 5])
+
+
+def test_a_failure_is_kept_with_its_reason(store):
+    job = make_job(store)
+    failure = JobFailure(code="INVALID_DATASET", message="line 3", param="training_file")
+    assert store.transition(job.id, JobStatus.FAILED, error=failure).error == failure
+    assert store.job(job.id).error == failure
+
+
+def test_started_once_and_waiting_only_while_it_runs(store):
+    job = walk_to(store, JobStatus.RUNNING)
+    started = store.job(job.id).started_at
+    store.set_waiting(job.id, True)
+    assert store.job(job.id).waiting_for_workers
+    assert not store.transition(job.id, JobStatus.QUEUED).waiting_for_workers
+    assert store.transition(job.id, JobStatus.RUNNING).started_at == started
+
+
+def test_epochs_count_up_and_are_never_given_out_twice(store, url):
+    job = make_job(store)
+    given = []
+    run_at_once(lambda: given.extend(store.begin_epoch(job.id) for _ in range(10)), threads=4)
+    assert sorted(given) == list(range(1, 41))
+    store.close()
+    again = JobStore(url)
+    assert again.begin_epoch(job.id) == 41
+    again.close()
+
+
+def test_lists_go_from_new_to_old_and_go_on_after_any(store):
+    made = [make_job(store).id for _ in range(7)]
+    assert [job.id for job in store.jobs()] == made[::-1]
+    assert [job.id for job in store.jobs(limit=3)] == made[:3:-1]
+    assert [job.id for job in store.jobs(after=made[4], limit=3)] == [made[3], made[2], made[1]]
+    assert store.jobs(after=made[0]) == []
+    files = [file.id for file in store.files(limit=100)]
+    assert [file.id for file in store.files(after=files[2], limit=2)] == files[3:5]
+
+
+def test_unfinished_jobs_from_old_to_new(store):
+    made = {status: walk_to(store, status).id for status in JobStatus}
+    assert [job.id for job in store.unfinished()] == [made[s] for s in JobStatus if not s.terminal]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, id: store.job(id),
+        lambda store, id: store.jobs(after=id),
+        lambda store, id: store.transition(id, JobStatus.QUEUED),
+        lambda store, id: store.progress(id, step=1, trained_tokens=1),
+        lambda store, id: store.set_total_steps(id, 1),
+        lambda store, id: store.set_waiting(id, True),
+        lambda store, id: store.begin_epoch(id),
+        lambda store, id: store.add_event(id, "x"),
+        lambda store, id: store.events(id),
+        lambda store, id: store.put_metrics(id, metrics(1)),
+        lambda store, id: store.metrics(id),
+        lambda store, id: store.add_checkpoint(checkpoint(id, 1)),
+        lambda store, id: store.checkpoints(id),
+    ],
+)
+def test_an_unknown_job_is_told(store, call):
+    with pytest.raises(ColaError) as error:
+        call(store, "ftjob-" + "0" * 24)
+    assert reason(error) == Reason.UNKNOWN_JOB
+
+
+# --- events and metrics ---------------------------------------------------------------------------------------------
+
+
+def test_events_are_numbered_within_each_job(store):
+    one, two = make_job(store).id, make_job(store).id
+    for number in range(1, 6):
+        assert store.add_event(one, f"event {number}", "warn", "metrics", {"loss": 0.5, "at": "x"}).id == number
+    assert store.add_event(two, "other").id == 1
+    assert [event.id for event in store.events(one, after=2, limit=2)] == [3, 4]
+    assert store.events(one)[0].data == {"loss": 0.5, "at": "x"}
+    assert store.events(one, after=5) == []
+
+
+def test_events_of_many_threads_have_no_gap_and_no_repeat(store):
+    job = make_job(store).id
+    run_at_once(lambda: [store.add_event(job, "x") for _ in range(10)], threads=4)
+    assert [event.id for event in store.events(job)] == list(range(1, 41))
+
+
+def test_a_repeated_step_overwrites_its_metrics(store):
+    job = make_job(store).id
+    for step in (1, 2, 3):
+        store.put_metrics(job, metrics(step))
+    store.put_metrics(job, metrics(2, epoch=2, valid_loss=0.25))
+    assert store.metrics(job) == [metrics(1), metrics(2, epoch=2, valid_loss=0.25), metrics(3)]
+    assert store.metrics(job, after_step=2) == [metrics(3)]
+
+
+def test_metrics_keep_every_bit(store):
+    job = make_job(store).id
+    odd = metrics(1, train_loss=0.1 + 0.2, grad_norm=math.inf, learning_rate=5e-324, sent_bytes=2**62)
+    store.put_metrics(job, odd)
+    assert store.metrics(job) == [odd]
+
+
+# --- files and checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_one_key_makes_one_file(store):
+    first = add_file(store, key="key")
+    assert add_file(store, key="key") == first
+    assert len(store.files()) == 1
+    with pytest.raises(ColaError) as error:
+        add_file(store, key="key", digest="1" * 64)
+    assert reason(error) == Reason.INVALID_FILE
+
+
+@pytest.mark.parametrize("use", ["training_file", "validation_file", "init_from"])
+def test_a_file_stays_while_a_job_needs_it(store, use):
+    file = add_file(store)
+    fields = {"adapter": LoraAdapter(init_from=file.id)} if use == "init_from" else {use: file.id}
+    job = make_job(store, **fields)
+    with pytest.raises(ColaError) as error:
+        store.delete_file(file.id)
+    assert reason(error) == Reason.FILE_IN_USE
+    store.transition(job.id, JobStatus.CANCELLED)
+    store.delete_file(file.id)
+    with pytest.raises(ColaError) as error:
+        store.file(file.id)
+    assert reason(error) == Reason.UNKNOWN_FILE
+
+
+def test_a_step_has_one_checkpoint(store):
+    job, other = make_job(store).id, make_job(store).id
+    first = store.add_checkpoint(checkpoint(job, 10))
+    assert store.add_checkpoint(checkpoint(job, 10)) == first
+    second = store.add_checkpoint(checkpoint(job, 20))
+    store.add_checkpoint(checkpoint(other, 10))
+    assert store.checkpoints(job) == [second, first]
+    assert store.checkpoints(job, after=second.id) == [first]
+    with pytest.raises(ColaError) as error:
+        store.checkpoint("ftckpt-" + "0" * 24)
+    assert reason(error) == Reason.UNKNOWN_CHECKPOINT
+    assert store.artefacts() == {*[c.id for c in store.checkpoints(job) + store.checkpoints(other)]} | {
+        file.id for file in store.files()
+    }
+
+
+# --- telling --------------------------------------------------------------------------------------------------------
+
+
+def test_subscribers_hear_of_each_change_after_it_is_committed(store, url):
+    job = make_job(store)
+    heard = []
+    beside = JobStore(url)  # sees what is committed only
+    unsubscribe = store.subscribe(lambda id: heard.append((id, beside.job(id).status, len(beside.events(id)))))
+    store.transition(job.id, JobStatus.QUEUED)
+    store.add_event(job.id, "x")
+    assert heard == [(job.id, "queued", 0), (job.id, "queued", 1)]
+    unsubscribe()
+    store.add_event(job.id, "y")
+    assert len(heard) == 2
+    beside.close()
+
+
+def test_nobody_hears_of_what_was_refused(store):
+    job = make_job(store)
+    heard = []
+    store.subscribe(heard.append)
+    with pytest.raises(ColaError):
+        store.transition(job.id, JobStatus.SUCCEEDED)
+    assert heard == []
+
+
+# --- the database itself --------------------------------------------------------------------------------------------
+
+
+def test_migrations_make_the_tables_of_the_models(url):
+    database = Database(url)
+    with database.reading() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Table.metadata) == []
+    database.close()
+
+
+def test_a_power_cut_takes_nothing_back_and_references_hold(url):
+    database = Database(url)
+    with database.reading() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+    database.close()
+
+
+def test_readers_do_not_wait_for_a_writer(store):
+    job = make_job(store)
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET step = 9")
+        assert store.job(job.id).step == 0
+    assert store.job(job.id).step == 9
+
+
+def damage_middle(path):
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = b"\xa5" * 4096
+    path.write_bytes(data)
+
+
+def another_database(path):
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE other (x)")
+    connection.close()
+
+
+def newer_schema(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not a database at all" * 100),
+        lambda path: path.write_bytes(path.read_bytes()[: 4096 * 3]),
+        lambda path: path.write_bytes(path.read_bytes()[:50]),
+        damage_middle,
+        another_database,
+        newer_schema,
+    ],
+    ids=["empty", "text", "cut short", "torn header", "overwritten", "another program's", "newer schema"],
+)
+def test_a_damaged_database_is_refused_by_name_and_left_alone(url, tmp_path, damage):
+    store = JobStore(url)
+    job = make_job(store)
+    for _ in range(50):
+        store.add_event(job.id, "x" * 100)
+    store.close()
+    path = tmp_path / "cola.db"
+    damage(path)
+    found = path.read_bytes()
+    with pytest.raises(ColaError) as error:
+        JobStore(url)
+    assert reason(error) == Reason.INVALID_FILE
+    assert str(path) in error.value.message
+    assert path.read_bytes() == found
+
+
+def test_a_first_start_that_was_cut_off_leaves_no_half_database(url, tmp_path):
+    (tmp_path / "cola.db.new").write_bytes(b"half")
+    (tmp_path / "cola.db.new-wal").write_bytes(b"half")
+    store = JobStore(url)
+    assert store.fresh
+    make_job(store)
+    store.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["cola.db"]
+
+
+@pytest.mark.parametrize("wrong", ["no url", "sqlite://", "sqlite:///:memory:"])
+def test_a_url_that_keeps_nothing_is_refused(wrong):
+    with pytest.raises(ColaError) as error:
+        JobStore(wrong)
+    assert reason(error) == Reason.INVALID_CONFIG
+
+
+def run_at_once(function, threads):
+    """Runs a function in several threads that start together; raises what any raised."""
+    gate, errors = threading.Barrier(threads), []
+
+    def run():
+        gate.wait()
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 — raised below
+            errors.append(error)
+
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if errors:
+        raise errors[0]
