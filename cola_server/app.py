@@ -1,6 +1,7 @@
 """How `cola-server` starts and stops.
 
-Start: listen, then import torch and load the models while early calls wait, then go on with unfinished jobs.
+Start: listen, then import torch and load the models while workers are let in and early calls wait, then go on with
+unfinished jobs.
 Stop: running jobs end at once and keep their status; workers hear Goodbye; calls get a grace; the numerics thread
 ends; store and artefacts close. A second signal ends the process.
 """
@@ -12,8 +13,9 @@ import signal
 
 import structlog
 
-from cola_common.rpc import tune
+from cola_common.rpc.malloc import tune
 from cola_server.config import ServerConfig
+from cola_server.fleet import Fleet, FleetLimits
 from cola_server.logs import configure
 from cola_server.rpc import Listener, Pending
 from cola_server.training.numerics import Numerics
@@ -28,10 +30,12 @@ async def run(config: ServerConfig) -> None:
     configure(config.log_format)
     tune()
     stop = _stop_signal()
+    fleet = Fleet(FleetLimits(window_bytes=config.window_bytes, buffer_bytes=config.buffer_bytes))
     backend = Pending()
     numerics = Numerics()
     tokens = config.tokens()
     listener = Listener(
+        fleet,
         backend,
         numerics.pulse,
         client_token=tokens.client if tokens else None,
@@ -42,7 +46,7 @@ async def run(config: ServerConfig) -> None:
     address = await listener.start(config.listen)
     log.info("listening", address=address)
     try:
-        core = (await asyncio.to_thread(importlib.import_module, "cola_server.core")).Core(config, numerics)
+        core = (await asyncio.to_thread(importlib.import_module, "cola_server.core")).Core(config, fleet, numerics)
         try:
             backend.set(await core.start())
             (config.data_dir / "address").write_text(address)
@@ -50,6 +54,7 @@ async def run(config: ServerConfig) -> None:
             await stop.wait()
             log.info("stopping")
             await core.let_go()
+            fleet.close()
             await listener.stop(GRACE_SECONDS)
         finally:
             await core.close()

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -14,7 +14,7 @@ from pydantic_settings import (
 )
 
 from cola_common.errors import ColaError, Reason
-from cola_common.rpc import is_loopback
+from cola_common.rpc.addresses import is_loopback
 
 
 class ServerConfig(BaseSettings):
@@ -77,7 +77,7 @@ class ServerConfig(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @classmethod
-    def read(cls, file: Path | None, flags: dict[str, Any]) -> Self:
+    def read(cls, file: Path | None, flags: dict[str, Any]) -> "ServerConfig":
         """The settings from a file, the environment, and the flags that were given.
 
         Raises: `ColaError` (INVALID_CONFIG, INSECURE_LISTEN).

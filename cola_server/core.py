@@ -6,10 +6,9 @@ import structlog
 import torch
 
 from cola_server.config import ServerConfig
-from cola_server.fleet import Fleet, FleetLimits
+from cola_server.fleet import Fleet
 from cola_server.jobs import Artefacts, JobService, JobStore
 from cola_server.model import load
-from cola_server.rpc import Backend
 from cola_server.training.catalogue import Catalogue
 from cola_server.training.numerics import Numerics
 from cola_server.training.queue import JobQueue
@@ -19,18 +18,18 @@ log = structlog.get_logger(__name__)
 
 
 class Core:
-    """Store, models, fleet and queue of one server."""
+    """Store, models and queue of one server."""
 
-    def __init__(self, config: ServerConfig, numerics: Numerics) -> None:
+    def __init__(self, config: ServerConfig, fleet: Fleet, numerics: Numerics) -> None:
         """Opens the data folder. Raises: `ColaError(INVALID_CONFIG)`."""
         self._config = config
+        self._fleet = fleet
         self._numerics = numerics
         self._artefacts = Artefacts(config.data_dir)
         self._store: JobStore | None = None
-        self._fleet: Fleet | None = None
         self._queue: JobQueue | None = None
 
-    async def start(self) -> Backend:
+    async def start(self) -> JobService:
         """Loads the models and goes on with unfinished jobs. Raises: `ColaError`."""
         config = self._config
         url = config.database_url or f"sqlite:///{config.data_dir.absolute() / 'cola.db'}"
@@ -56,19 +55,16 @@ class Core:
             buffer_bytes=config.buffer_bytes,
             window_bytes=config.window_bytes,
         )
-        fleet = self._fleet = Fleet(FleetLimits(window_bytes=config.window_bytes, buffer_bytes=config.buffer_bytes))
-        services = Services(store, self._artefacts, catalogue, fleet, self._numerics, config.split_jobs)
+        services = Services(store, self._artefacts, catalogue, self._fleet, self._numerics, config.split_jobs)
         queue = self._queue = JobQueue(services)
         jobs = JobService(store, self._artefacts, catalogue, queue)
         await asyncio.to_thread(jobs.recover)
-        return Backend(jobs=jobs, fleet=fleet)
+        return jobs
 
     async def let_go(self) -> None:
-        """Ends running jobs, which keep their status, and says Goodbye to the workers."""
+        """Ends running jobs, which keep their status."""
         if self._queue is not None:
             await self._queue.close()
-        if self._fleet is not None:
-            self._fleet.close()
 
     async def close(self) -> None:
         """Waits for the numerics thread, then closes what it writes to."""

@@ -86,9 +86,11 @@ class Admission:
             if sum(t.nbytes for t in message.tensors) > limit:
                 raise violation(f"a capture of more than {limit} bytes")
 
-    def forget(self, job: str) -> None:
-        """The job is revoked: nothing of it is expected any more."""
-        self._jobs.pop(job, None)
+    def forget(self, job: str, epoch: int) -> None:
+        """The job is revoked up to `epoch`: nothing of that is expected any more."""
+        current = self._jobs.get(job)
+        if current is not None and current.epoch <= epoch:
+            del self._jobs[job]
 
 
 def _check_size(what: str, tensor: EncodedTensor) -> None:

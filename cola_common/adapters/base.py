@@ -39,7 +39,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def initial(self, seed: int, site: str) -> Parameters:
-        """Fresh fp32 parameters on the CPU; a function of (seed, site) and the shapes alone. f_w(x) = 0 for all x."""
+        """Fresh fp32 parameters on the CPU; a function of (seed, site) and the shapes alone. f_w(x) = 0 for all x,
+        but for a head.
+        """
 
     @abstractmethod
     def forward(self, parameters: Parameters, x: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,8 @@ def read_config(path: Path, model: type[Model], source: str) -> Model:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """fp32. Equal tensors give equal bytes, in whatever order they come."""
-    # A copy each: safetensors refuses tensors that are views of common memory.
-    copies = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})  # the mark that transformers and PEFT look for
+    plain = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})  # the mark that transformers and PEFT look for
 
 
 def read_tensors(path: Path, source: str) -> dict[str, torch.Tensor]:

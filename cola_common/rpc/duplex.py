@@ -5,7 +5,9 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -21,7 +23,7 @@ Sent = TypeVar("Sent", bound=Message)
 Received = TypeVar("Received", bound=Message)
 
 
-class StreamEnded(Exception):  # noqa: N818 — an end is no error in itself
+class StreamEnded(Exception):
     """No more can be sent or received."""
 
 
@@ -45,7 +47,7 @@ class StreamBroken(StreamEnded):
         self.error = error
 
 
-class MessageRefused(Exception):  # noqa: N818 — as the above
+class MessageRefused(Exception):
     """`admit` refused a message with tensors. Their bytes were thrown away as they came; the stream goes on.
 
     `message` is without its tensors' data.
@@ -109,6 +111,13 @@ class Duplex(Generic[Sent, Received]):
         self._over = asyncio.Event()
         self._unwritable = False
         self._said_goodbye = False
+        self.heard = time.monotonic()
+        """When the peer's last envelope came: a long message is a sign of life all along, not only when it is whole."""
+
+    @property
+    def sending(self) -> bool:
+        """Whether a message is being written."""
+        return self._turn.locked()
 
     async def send(self, message: Sent) -> None:
         """Returns when the transport has taken the whole message, which waits for the peer to read.
@@ -140,12 +149,9 @@ class Duplex(Generic[Sent, Received]):
         On a stream that has ended it does nothing.
         """
         if self._end is None and not self._said_goodbye:
-            try:
+            with suppress(StreamEnded):
                 await self._send(Goodbye(reason))
-            except StreamEnded:
-                return
-            self._said_goodbye = True
-            await self._transport.finish()
+                await self._transport.finish()
 
     def close(self) -> None:
         """Ends the stream at once, without a Goodbye unless one was said: to the peer it is broken.
@@ -165,6 +171,7 @@ class Duplex(Generic[Sent, Received]):
             try:
                 for frame in frames.pack(head, [tensor.data for tensor in tensors], self.chunk_bytes):
                     await self._transport.write(frame)
+                self._said_goodbye = isinstance(message, Goodbye)
             except StreamBroken as broken:
                 self._unwritable = True
                 raise await self._last_words(broken) from None
@@ -216,6 +223,7 @@ class Duplex(Generic[Sent, Received]):
         frame = await self._transport.read()
         if frame is None:
             raise StreamBroken(None)
+        self.heard = time.monotonic()
         return frames.unpack(frame)
 
     def _check_open(self) -> None:
@@ -237,7 +245,8 @@ class Duplex(Generic[Sent, Received]):
         """How the stream ended, after a write that failed. What the peer said last, a Goodbye or an error, may not have
         been received yet: whoever receives finds it.
         """
-        over = asyncio.ensure_future(self._over.wait())
-        await asyncio.wait({over}, timeout=_LAST_WORDS_SECONDS)
-        over.cancel()
+        if broken.error is None:
+            over = asyncio.ensure_future(self._over.wait())
+            await asyncio.wait({over}, timeout=_LAST_WORDS_SECONDS)
+            over.cancel()
         return self._end or broken

@@ -10,7 +10,7 @@ import grpc
 from cola_common import convert
 from cola_common.messages import ToServer, ToWorker
 from cola_common.rpc import auth
-from cola_common.rpc.duplex import Duplex, StreamBroken, admit_small
+from cola_common.rpc.duplex import Duplex, StreamBroken, StreamEnded, admit_small
 from cola_common.rpc.status import from_rpc, translated
 from cola_common.wire import fleet_pb2
 
@@ -35,21 +35,40 @@ def attend(
 
 
 def add_fleet(server: grpc.aio.Server, attend: Attend) -> None:
-    """Serves `Fleet.Attend`: `attend` runs for each worker's stream, which ends when it returns. A `ColaError` that it
-    raises becomes the stream's status.
+    """Serves `Fleet.Attend`: `attend` runs for each worker's stream, which ends when it returns.
+
+    A `ColaError` that it raises becomes the stream's status, and so does the error of a `StreamBroken`; any other
+    `StreamEnded` may leave it too. A worker that goes away shows as `StreamBroken` in `receive` and `send` and in no
+    other way: `attend` must do one of them, and is not cancelled.
 
     Its duplex admits as `admit_small` does, until `attend` sets another rule.
     """
 
-    async def handle(_requests: Any, context: Context) -> None:
+    async def talk(context: Context) -> None:
+        duplex = Duplex[ToWorker, ToServer](
+            _ServerSide(context),
+            lambda message: convert.to_worker_to_wire(message).SerializeToString(),
+            lambda head: convert.to_server_from_wire(fleet_pb2.FromWorker.FromString(head)),
+            admit_small,
+        )
         async with translated(context):
-            duplex = Duplex[ToWorker, ToServer](
-                _ServerSide(context),
-                lambda message: convert.to_worker_to_wire(message).SerializeToString(),
-                lambda head: convert.to_server_from_wire(fleet_pb2.FromWorker.FromString(head)),
-                admit_small,
-            )
-            await attend(duplex, context)
+            try:
+                await attend(duplex, context)
+            except StreamBroken as broken:
+                if broken.error is not None:
+                    raise broken.error from None
+            except StreamEnded:
+                pass
+
+    async def handle(_requests: Any, context: Context) -> None:
+        # gRPC cancels a handler whose peer has gone, at whatever it waits for. A task of its own lets `attend` finish
+        # what it does, and learn of the end in one place; the cancellation itself must not be swallowed.
+        talking = asyncio.create_task(talk(context))
+        try:
+            await asyncio.shield(talking)
+        except asyncio.CancelledError:
+            await asyncio.wait({talking})
+            raise
 
     # Without (de)serializers: `frames` packs and unpacks envelopes itself.
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(handle)

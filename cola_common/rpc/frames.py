@@ -47,17 +47,15 @@ def unpack(envelope: bytes) -> tuple[bytes, memoryview]:
     """
     position, end = 0, len(envelope)
     while position < end:
-        start = position
-        if envelope[start] & 7 != _LENGTH_DELIMITED:
-            break
-        length, position = _read_varint(envelope, start + 1)
-        if envelope[start] == _DATA_TAG and position + length == end:
+        tag, start = envelope[position], position
+        length, position = _read_varint(envelope, position + 1)
+        if tag == _DATA_TAG and position + length == end:
             return envelope[:start], memoryview(envelope)[position:]
-        if envelope[start] == _DATA_TAG:
-            break
+        if tag == _DATA_TAG or tag & 7 != _LENGTH_DELIMITED:
+            raise _unreadable()
         position += length
-    if position != end:
-        raise ColaError(Reason.PROTOCOL_VIOLATION, problem="an envelope that cannot be read")
+    if position > end:
+        raise _unreadable()
     return envelope, memoryview(b"")
 
 
@@ -65,7 +63,6 @@ class Payload:
     """A message's tensors while their bytes arrive: one buffer, each tensor at the start of a cache line."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self.missing = sum(sizes)
         buffer = bytearray(sum(map(_rounded, sizes)) + _ALIGNMENT)
         start = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % _ALIGNMENT
         self.tensors: list[memoryview] = []
@@ -76,8 +73,7 @@ class Payload:
         self._filled = 0  # bytes of that tensor
 
     def fill(self, data: memoryview) -> None:
-        """Puts the next `data`, which must be no longer than what is missing."""
-        self.missing -= len(data)
+        """Puts in the next bytes; there may be no more of them than the sizes tell of."""
         while data:
             target = self.tensors[self._tensor][self._filled :]
             if not target:
@@ -87,6 +83,10 @@ class Payload:
             target[:count] = data[:count]
             self._filled += count
             data = data[count:]
+
+
+def _unreadable() -> ColaError:
+    return ColaError(Reason.PROTOCOL_VIOLATION, problem="an envelope that cannot be read")
 
 
 def _envelope(head: bytes, pieces: list[memoryview]) -> bytes:

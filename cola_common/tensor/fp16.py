@@ -1,8 +1,8 @@
 """fp16 with one power of two for the whole tensor.
 
 fp16 has 11 significant bits but few exponents, and gradients of 1e-6 and less would flush to zero in it. So the values
-are divided by 2^e first, with e such that the largest magnitude comes to lie in [2¹⁴, 2¹⁵): fp16
-cannot overflow, also not by rounding, and 28 octaves below it keep all their bits. A power of two costs no bits itself.
+are divided by 2^e first, with e such that the largest magnitude comes to lie in [2¹⁴, 2¹⁵): it cannot overflow, also
+not by rounding, and 28 octaves below it keep all their bits. A power of two costs no bits itself.
 """
 
 import math
@@ -40,6 +40,6 @@ class Fp16(Codec):
             return 0
         low, high = torch.aminmax(tensor)
         largest = max(-float(low), float(high))
-        if largest == 0 or not math.isfinite(largest):
+        if not math.isfinite(largest):
             return 0
         return max(math.frexp(largest)[1] - 15, self.exponents.start)

@@ -29,7 +29,7 @@ class Loss:
 
 
 def evaluate(model: str, adapter: Path | None, rows: Path, max_length: int) -> Loss:
-    """The loss over JSONL rows of `{"text": …}`, each cut at `max_length` tokens; every token but the first is a target.
+    """The loss over JSONL rows of `{"text": …}`, cut at `max_length` tokens; every token but the first is a target.
 
     `model` is a folder or a hub id. Weights are fp32, on the CPU.
     """

@@ -231,7 +231,8 @@ class Fleet:
 
     def change(self) -> asyncio.Future[None]:
         """Done at the next coming, going or release. Take it before looking, then wait for it with `asyncio.wait`:
-        it is everybody's, and must not be cancelled."""
+        it is everybody's, and must not be cancelled.
+        """
         return self._changed
 
     def cards(self) -> list[WorkerCard]:

@@ -82,22 +82,25 @@ class Artefacts:
 
     def new_file(self, id: str) -> "Staged":
         """A file to be the upload `id`."""
+        target = self._files / _checked("file", id)
         folder = self._stage()
         (folder / "file").touch()
-        return Staged(folder / "file", folder, self._files / _checked("file", id))
+        return Staged(folder / "file", folder, target)
 
     def new_adapter(self, id: str) -> "Staged":
         """A folder to be the unpacked adapter of upload `id`."""
+        target = self._adapters / _checked("file", id)
         folder = self._stage()
-        return Staged(folder, folder, self._adapters / _checked("file", id))
+        return Staged(folder, folder, target)
 
     def write_checkpoint(self, id: str, write: Callable[[Path], object]) -> str:
         """Makes the checkpoint `id` of what `write` puts into an empty folder, if it does not raise.
 
         Returns: the SHA-256 of the weights, the folder's one `.safetensors` file, in hex.
         """
+        target = self._checkpoints / _checked("ftckpt", id)
         folder = self._stage()
-        with Staged(folder, folder, self._checkpoints / _checked("ftckpt", id)) as staged:
+        with Staged(folder, folder, target) as staged:
             write(folder)
             (weights,) = folder.glob("*.safetensors")
             with weights.open("rb") as file:
@@ -106,7 +109,9 @@ class Artefacts:
         return digest
 
     def remove(self, id: str) -> None:
-        """Removes all that goes by this id."""
+        """Removes all that goes by this id; what is no id removes nothing."""
+        if not (ids.valid("file", id) or ids.valid("ftckpt", id)):
+            return
         for home in (self._files, self._adapters, self._checkpoints):
             path = home / id
             if path.is_dir():

@@ -6,6 +6,7 @@ that is empty or has no schema was damaged, and is never silently recreated.
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def _make_file(url: URL, path: Path) -> None:
     unborn = path.with_name(path.name + ".new")
     for suffix in ("", "-wal", "-shm"):
         unborn.with_name(unborn.name + suffix).unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(unborn)) as file:
+        file.execute("PRAGMA journal_mode = WAL")  # the file keeps it: readers do not wait for a writer
     engine = _sqlite_engine(url.set(database=str(unborn)))
     with engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
         _migrate(connection, str(unborn))
@@ -115,7 +118,6 @@ def _sqlite_engine(url: URL) -> Engine:
         connection.isolation_level = None  # the driver begins no transactions by itself: they begin below
         for pragma in (
             "foreign_keys = ON",
-            "journal_mode = WAL",  # readers do not wait for a writer
             "synchronous = FULL",  # what is committed stays committed after a power cut: epochs must never repeat
         ):
             connection.execute(f"PRAGMA {pragma}")

@@ -27,6 +27,9 @@ MAX_DEPTH = 16
 MAX_LABELS = 1000
 """More is a column of the wrong kind, and a head of that size would be trained in full."""
 
+MAX_MESSAGES = 256
+"""A conversation's mask renders the template once for each turn of the assistant."""
+
 ROLES = ("system", "user", "assistant")
 
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -199,6 +202,8 @@ def _record(value: object) -> Record:
 def _messages(value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise _WrongLineError("messages must be a list of at least one")
+    if len(value) > MAX_MESSAGES:
+        raise _WrongLineError(f"more than {MAX_MESSAGES} messages; split the conversation")
     messages = []
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict) or sorted(item) != ["content", "role"]:

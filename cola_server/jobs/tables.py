@@ -3,14 +3,17 @@
 The schema changes by a migration only; a test compares the two.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
 
 
 class Table(DeclarativeBase):
     """Parent of all tables."""
+
+    type_annotation_map: ClassVar[dict[type, TypeEngine[Any]]] = {float: Double()}
 
 
 class FileRow(Table):

@@ -121,8 +121,10 @@ def _freeze(module: PreTrainedModel, gradient_checkpointing: bool) -> None:
     if gradient_checkpointing:
         # transformers checkpoints in train mode only; with all dropouts at zero it computes what eval mode does.
         _zero_dropouts(module)
-        kwargs = {"use_reentrant": False}
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[no-untyped-call]
+        module.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embeddings' output require a gradient, for the reentrant kind of checkpoint; this kind
+        # does not need it, and all below the first site would be differentiated for nothing.
+        module.disable_input_require_grads()  # type: ignore[no-untyped-call]
         module.train()
 
 

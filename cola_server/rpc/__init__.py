@@ -1,6 +1,6 @@
 """The gRPC edge: thin servicers that convert, call and translate. They stand on the interfaces of `backend`."""
 
-from cola_server.rpc.backend import Backend, Pending
+from cola_server.rpc.backend import Pending
 from cola_server.rpc.listener import Listener
 
-__all__ = ["Backend", "Listener", "Pending"]
+__all__ = ["Listener", "Pending"]

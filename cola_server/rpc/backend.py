@@ -1,11 +1,10 @@
 """What the servicers stand on: interfaces, and the wait for them.
 
-The server listens before torch is imported and the models are loaded; a call that comes early waits here.
+The server listens before torch is imported and the models are loaded; a call about jobs that comes early waits here.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
@@ -93,31 +92,19 @@ class Fleet(Protocol):
     def cards(self) -> list[WorkerCard]: ...
 
 
-@dataclass(frozen=True)
-class Backend:
-    """What is there once the server has started."""
-
-    jobs: Jobs
-    fleet: Fleet
-
-
 class Pending:
-    """The backend, or the wait for it."""
+    """The jobs, or the wait for them."""
 
     def __init__(self) -> None:
-        self._backend: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
+        self._jobs: asyncio.Future[Jobs] = asyncio.get_running_loop().create_future()
 
-    def set(self, backend: Backend) -> None:
+    def set(self, jobs: Jobs) -> None:
         """Lets all calls through."""
-        self._backend.set_result(backend)
+        self._jobs.set_result(jobs)
 
     async def jobs(self) -> Jobs:
         """Waits for the server to have started."""
-        return (await asyncio.shield(self._backend)).jobs
-
-    async def fleet(self) -> Fleet:
-        """Waits for the server to have started."""
-        return (await asyncio.shield(self._backend)).fleet
+        return await asyncio.shield(self._jobs)
 
 
 async def blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

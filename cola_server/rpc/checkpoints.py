@@ -7,7 +7,7 @@ import grpc
 import xxhash
 
 from cola_common import convert
-from cola_common.rpc import translated
+from cola_common.rpc.status import translated
 from cola_common.wire import checkpoints_pb2, checkpoints_pb2_grpc
 from cola_server.rpc.backend import Pending, blocking
 from cola_server.rpc.files import page, read_chunks

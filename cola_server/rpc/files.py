@@ -8,7 +8,8 @@ import grpc
 
 from cola_common import convert
 from cola_common.errors import ColaError, Reason
-from cola_common.rpc import CHUNK_BYTES, translated
+from cola_common.rpc.limits import CHUNK_BYTES
+from cola_common.rpc.status import translated
 from cola_common.wire import files_pb2, files_pb2_grpc, types_pb2
 from cola_server.rpc.backend import Pending, blocking
 

@@ -5,6 +5,7 @@ waits for the first of them, or for the server's own wish, to end it. Whatever t
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ import grpc
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Heartbeat, Hello, ToServer, ToWorker
-from cola_common.rpc import Duplex, MessageRefused, StreamBroken, StreamEnded, StreamFinished
-from cola_server.rpc.backend import Attendance, Fleet, Pending
+from cola_common.rpc.duplex import Duplex, MessageRefused, StreamBroken, StreamEnded, StreamFinished
+from cola_server.rpc.backend import Attendance, Fleet
 
 HELLO_SECONDS = 10.0  # a stream whose worker says nothing is closed
 FLUSH_SECONDS = 5.0  # what is being written when the server wants an end may be finished for so long
@@ -24,13 +25,13 @@ Stream = Duplex[ToWorker, ToServer]
 class FleetDoor:
     """Lets workers in; `attend` is the handler of each stream. `pulse` is the server's own heartbeat."""
 
-    def __init__(self, backend: Pending, pulse: Callable[[], Heartbeat]) -> None:
-        self._backend = backend
+    def __init__(self, fleet: Fleet, pulse: Callable[[], Heartbeat]) -> None:
+        self._fleet = fleet
         self._pulse = pulse
 
     async def attend(self, stream: Stream, _context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Runs one worker's stream. Raises: `ColaError`, which becomes the stream's status."""
-        fleet = await self._backend.fleet()
+        fleet = self._fleet
         try:
             hello = await _hello(stream)
         except StreamEnded:
@@ -61,7 +62,8 @@ class _Conversation:
         writer = loop.create_task(self._write())
         tasks: list[asyncio.Task[None]] = [loop.create_task(self._read()), loop.create_task(self._keep_time()), writer]
         try:
-            await asyncio.wait([*tasks, self._attendance.ended], return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [*tasks, self._attendance.ended]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
@@ -89,10 +91,9 @@ class _Conversation:
             await self._stream.send(message)
 
     async def _keep_time(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._fleet.limits.heartbeat_seconds)
-            silence = loop.time() - self._stream.heard
+            silence = time.monotonic() - self._stream.heard
             if silence > self._fleet.limits.lease_seconds:
                 problem = f"it was silent for {silence:.0f} s"
                 raise ColaError(Reason.WORKER_LOST, worker=self._attendance.worker, problem=problem)

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from cola_common import convert
-from cola_common.rpc import translated
+from cola_common.rpc.status import translated
 from cola_common.wire import jobs_pb2, jobs_pb2_grpc, types_pb2
 from cola_server.rpc.backend import Pending, blocking
 from cola_server.rpc.files import page

@@ -7,9 +7,11 @@ import grpc
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Heartbeat
-from cola_common.rpc import SERVER_OPTIONS, TokenAuth, add_fleet
+from cola_common.rpc.auth import TokenAuth
+from cola_common.rpc.fleet import add_fleet
+from cola_common.rpc.limits import SERVER_OPTIONS
 from cola_common.wire import checkpoints_pb2_grpc, files_pb2_grpc, jobs_pb2_grpc, models_pb2_grpc, workers_pb2_grpc
-from cola_server.rpc.backend import Pending
+from cola_server.rpc.backend import Fleet, Pending
 from cola_server.rpc.checkpoints import Checkpoints
 from cola_server.rpc.files import Files
 from cola_server.rpc.fleet import FleetDoor
@@ -19,10 +21,11 @@ from cola_server.rpc.workers import Workers
 
 
 class Listener:
-    """A gRPC server. Calls wait until `backend` is set."""
+    """A gRPC server. Calls about jobs wait until `backend` is set."""
 
     def __init__(
         self,
+        fleet: Fleet,
         backend: Pending,
         pulse: Callable[[], Heartbeat],
         *,
@@ -37,8 +40,8 @@ class Listener:
         jobs_pb2_grpc.add_JobsServicer_to_server(Jobs(backend), self._server)
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(Checkpoints(backend), self._server)
         models_pb2_grpc.add_ModelsServicer_to_server(Models(backend), self._server)
-        workers_pb2_grpc.add_WorkersServicer_to_server(Workers(backend), self._server)
-        add_fleet(self._server, FleetDoor(backend, pulse).attend)
+        workers_pb2_grpc.add_WorkersServicer_to_server(Workers(fleet), self._server)
+        add_fleet(self._server, FleetDoor(fleet, pulse).attend)
 
     async def start(self, address: str) -> str:
         """Listens. Returns: the bound address, which tells the port where 0 was asked for.

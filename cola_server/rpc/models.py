@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 
 from cola_common import convert
-from cola_common.rpc import translated
+from cola_common.rpc.status import translated
 from cola_common.wire import models_pb2, models_pb2_grpc
 from cola_server.rpc.backend import Pending, blocking
 

@@ -5,9 +5,9 @@ from typing import Any
 import grpc
 
 from cola_common import convert
-from cola_common.rpc import translated
+from cola_common.rpc.status import translated
 from cola_common.wire import workers_pb2, workers_pb2_grpc
-from cola_server.rpc.backend import Pending
+from cola_server.rpc.backend import Fleet
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -15,12 +15,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Workers(workers_pb2_grpc.WorkersServicer):
     """See the proto."""
 
-    def __init__(self, backend: Pending) -> None:
-        self._backend = backend
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     async def List(  # noqa: N802 - gRPC's name
         self, request: workers_pb2.ListWorkersRequest, context: Context
     ) -> workers_pb2.ListWorkersResponse:
         async with translated(context):
-            fleet = await self._backend.fleet()
-            return workers_pb2.ListWorkersResponse(data=[convert.worker_to_wire(card) for card in fleet.cards()])
+            return workers_pb2.ListWorkersResponse(data=[convert.worker_to_wire(card) for card in self._fleet.cards()])

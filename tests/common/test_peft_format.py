@@ -1,10 +1,11 @@
 """Adapter folders against the real PEFT, both ways, and what is refused at the door."""
 
 import json
-import pickle
+import pickle  # noqa: TID251 - to make what must be refused
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from cola_common.adapters import Parameters, build
@@ -22,63 +24,76 @@ from cola_common.families import Family, Head, Linear, Lora, Mlp
 # peft 0.21 still reads the property's old name, which transformers 5.23 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-LABELS = 3
-
-
-def llama(cls: Any = transformers.LlamaForCausalLM) -> torch.nn.Module:
-    return cls(
-        transformers.LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_labels=LABELS, pad_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def gpt2(cls: Any = transformers.GPT2LMHeadModel) -> torch.nn.Module:
-    return cls(
-        transformers.GPT2Config(
-            vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, num_labels=LABELS, pad_token_id=0,
-            bos_token_id=1, eos_token_id=1,
-        )
-    )  # fmt: skip
-
-
-def bert(config: Any = transformers.BertConfig, cls: Any = transformers.BertForSequenceClassification) -> torch.nn.Module:
-    return cls(
-        config(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=40, num_labels=LABELS, pad_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def roberta() -> torch.nn.Module:
-    return bert(transformers.RobertaConfig, transformers.RobertaForSequenceClassification)
-
-
-def llama_classifier() -> torch.nn.Module:
-    return llama(transformers.LlamaForSequenceClassification)
-
-
-MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[str, ...], str | None]] = {
-    "llama": (llama, ("q_proj", "v_proj", "down_proj"), None),
-    "gpt2": (gpt2, ("c_attn", "c_fc", "mlp.c_proj"), None),
-    "bert": (bert, ("query", "value", "output.dense"), "classifier"),
-    "llama-classifier": (llama_classifier, ("q_proj", "up_proj"), "score"),
-    "roberta": (roberta, ("query",), "classifier.out_proj"),
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
 }
 
-every_model = pytest.mark.parametrize("name", MODELS)
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random base model of two layers, and what is adapted in it."""
+
+    model: Any
+    config: Any
+    fields: dict[str, int]
+    targets: tuple[str, ...]
+    head: str | None = None
 
 
-def make(name: str) -> torch.nn.Module:
+TINY = {
+    "llama": Tiny(transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA, ("q_proj", "v_proj", "down_proj")),
+    "gpt2": Tiny(transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2, ("c_attn", "c_fc", "mlp.c_proj")),
+    "bert": Tiny(
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig,
+        BERT,
+        ("query", "value", "output.dense"),
+        head="classifier",
+    ),
+    "llama-classifier": Tiny(
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaConfig,
+        LLAMA,
+        ("q_proj", "up_proj"),
+        head="score",
+    ),
+    "roberta": Tiny(
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig,
+        BERT,
+        ("query",),
+        head="classifier.out_proj",
+    ),
+}
+
+every_model = pytest.mark.parametrize("name", TINY)
+
+
+def make(name: str) -> Any:
     """The same weights at each call."""
+    tiny = TINY[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return MODELS[name][0]().eval()
+        return tiny.model(tiny.config(**tiny.fields, num_labels=3)).eval()
 
 
-def widths(module: torch.nn.Module) -> tuple[int, int]:
+def widths(module: Any) -> tuple[int, int]:
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)  # Conv1D is in×out
 
@@ -90,24 +105,24 @@ def trained(family: Family, site: str, d_in: int, d_out: int) -> Shard:
     return Shard(site, family, {name: 0.3 * torch.randn(shape, generator=source) for name, shape in shapes.items()})
 
 
-def shards_for(name: str, model: torch.nn.Module, family: Family) -> list[Shard]:
-    _, suffixes, head = MODELS[name]
+def shards_for(name: str, model: Any, family: Family) -> list[Shard]:
+    tiny = TINY[name]
     shards = [
         trained(family, path, *widths(module))
         for path, module in model.named_modules()
-        if any(path.endswith(f".{suffix}") for suffix in suffixes)
+        if any(path.endswith(f".{suffix}") for suffix in tiny.targets)
     ]
-    if head is not None:
-        module = model.get_submodule(head)
-        shards.append(trained(Head(bias=module.bias is not None), head, *widths(module)))
+    if tiny.head is not None:
+        module = model.get_submodule(tiny.head)
+        shards.append(trained(Head(bias=module.bias is not None), tiny.head, *widths(module)))
     return shards
 
 
-def adapt(model: torch.nn.Module, shards: list[Shard]) -> None:
+def adapt(model: Any, shards: list[Shard]) -> None:
     """The model with the adapters' own forward at its sites: what a job trains."""
 
     def hook(shard: Shard) -> Callable[..., torch.Tensor]:
-        def run(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        def run(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             adapter = build(shard.family, *widths(module))
             added = adapter.forward(shard.parameters, inputs[0])
             return added if adapter.replaces else output + added
@@ -119,14 +134,14 @@ def adapt(model: torch.nn.Module, shards: list[Shard]) -> None:
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(2, 26).view(2, 12)
     out: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return out
 
 
 def write(folder: Path, name: str, shards: list[Shard]) -> None:
-    head = MODELS[name][2]
+    head = TINY[name].head
     task: Task = "causal-lm" if head is None else "sequence-classification"
     export(folder, shards, base_model="tiny", task=task, head_name=head, fan_in_fan_out=name == "gpt2")
 
@@ -150,7 +165,7 @@ def test_peft_loads_what_is_exported_and_computes_the_same(name: str, r: int, sc
     adapt(own, shards)
     write(tmp_path, name, shards)
     loaded = peft.PeftModel.from_pretrained(make(name), tmp_path)
-    adapted = {path.removeprefix("base_model.model.") for path, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    adapted = {path.removeprefix("base_model.model.") for path, m in loaded.named_modules() if isinstance(m, LoraLayer)}
     assert adapted == {shard.site for shard in shards if isinstance(shard.family, Lora)}
     torch.testing.assert_close(logits(loaded), logits(own), rtol=1e-5, atol=1e-5)
     assert (logits(own) - plain).abs().max() > 1e-2
@@ -162,7 +177,7 @@ def test_only_the_sites_of_the_adapter_match_in_peft(tmp_path: Path) -> None:
     [*_, shard] = [s for s in shards_for("llama", model, Lora(r=2, scale=1.0)) if s.site.endswith("q_proj")]
     write(tmp_path, "llama", [shard])
     loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
-    assert [path for path, module in loaded.named_modules() if hasattr(module, "lora_A")] == [
+    assert [path for path, module in loaded.named_modules() if isinstance(module, LoraLayer)] == [
         f"base_model.model.{shard.site}"
     ]
 
@@ -216,15 +231,15 @@ def test_exported_weights_are_fp32_and_named_as_documented(tmp_path: Path) -> No
 
 def save_by_peft(folder: Path, name: str, **config: Any) -> peft.PeftModel:
     """An adapter that PEFT made and saved, every parameter different from zero."""
-    _, suffixes, head = MODELS[name]
-    task = "CAUSAL_LM" if head is None else "SEQ_CLS"
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": list(suffixes), "task_type": task, **config}
+    tiny = TINY[name]
+    task = "CAUSAL_LM" if tiny.head is None else "SEQ_CLS"
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": list(tiny.targets), "task_type": task, **config}
     model = peft.get_peft_model(make(name), peft.LoraConfig(fan_in_fan_out=name == "gpt2", **settings)).eval()
     source = torch.Generator().manual_seed(1)
     for path, value in model.named_parameters():
         if value.requires_grad:
             value.data = 0.3 * torch.randn(value.shape, generator=source, dtype=value.dtype) + ("magnitude" in path)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model
 
 
@@ -235,7 +250,7 @@ def test_what_peft_saved_is_loaded_and_computes_the_same(name: str, config: dict
     imported = load(tmp_path)
     assert imported.family == Lora(r=4, scale=3.0 if config.get("use_rslora") else 1.5)
     shards = [Shard(site, imported.family, parameters) for site, parameters in imported.shards.items()]
-    head = MODELS[name][2]
+    head = TINY[name].head
     if head is not None:
         assert imported.head is not None
         assert imported.head.site == head
@@ -288,7 +303,7 @@ def test_what_peft_can_save_but_no_job_can_go_on_from_is_refused(
 
 
 def test_other_methods_of_peft_are_refused(tmp_path: Path) -> None:
-    peft.get_peft_model(make("llama"), peft.VeraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    peft.get_peft_model(make("llama"), peft.VeraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
     with pytest.raises(ColaError, match="LORA") as caught:
         load(tmp_path)
     assert caught.value.reason == Reason.INVALID_ADAPTER

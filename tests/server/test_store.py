@@ -8,6 +8,7 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+
 from cola_common import ids
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import (
@@ -60,7 +61,13 @@ def metrics(step, **fields):
 
 def checkpoint(job, step, **fields):
     return Checkpoint(
-        id=ids.new("ftckpt"), job=job, step_number=step, created_at=1.0, metrics={"train_loss": 0.5}, digest="d", **fields
+        id=ids.new("ftckpt"),
+        job=job,
+        step_number=step,
+        created_at=1.0,
+        metrics={"train_loss": 0.5},
+        digest="d",
+        **fields,
     )
 
 
@@ -238,19 +245,19 @@ def test_unfinished_jobs_from_old_to_new(store):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda store, id: store.job(id),
-        lambda store, id: store.jobs(after=id),
-        lambda store, id: store.transition(id, JobStatus.QUEUED),
-        lambda store, id: store.progress(id, step=1, trained_tokens=1),
-        lambda store, id: store.set_total_steps(id, 1),
-        lambda store, id: store.set_waiting(id, True),
-        lambda store, id: store.begin_epoch(id),
-        lambda store, id: store.add_event(id, "x"),
-        lambda store, id: store.events(id),
-        lambda store, id: store.put_metrics(id, metrics(1)),
-        lambda store, id: store.metrics(id),
-        lambda store, id: store.add_checkpoint(checkpoint(id, 1)),
-        lambda store, id: store.checkpoints(id),
+        lambda store, job: store.job(job),
+        lambda store, job: store.jobs(after=job),
+        lambda store, job: store.transition(job, JobStatus.QUEUED),
+        lambda store, job: store.progress(job, step=1, trained_tokens=1),
+        lambda store, job: store.set_total_steps(job, 1),
+        lambda store, job: store.set_waiting(job, True),
+        lambda store, job: store.begin_epoch(job),
+        lambda store, job: store.add_event(job, "x"),
+        lambda store, job: store.events(job),
+        lambda store, job: store.put_metrics(job, metrics(1)),
+        lambda store, job: store.metrics(job),
+        lambda store, job: store.add_checkpoint(checkpoint(job, 1)),
+        lambda store, job: store.checkpoints(job),
     ],
 )
 def test_an_unknown_job_is_told(store, call):
@@ -344,7 +351,7 @@ def test_subscribers_hear_of_each_change_after_it_is_committed(store, url):
     job = make_job(store)
     heard = []
     beside = JobStore(url)  # sees what is committed only
-    unsubscribe = store.subscribe(lambda id: heard.append((id, beside.job(id).status, len(beside.events(id)))))
+    unsubscribe = store.subscribe(lambda job: heard.append((job, beside.job(job).status, len(beside.events(job)))))
     store.transition(job.id, JobStatus.QUEUED)
     store.add_event(job.id, "x")
     assert heard == [(job.id, "queued", 0), (job.id, "queued", 1)]

@@ -46,9 +46,11 @@ async def serving(
     add_fleet(server, run)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with connect(f"127.0.0.1:{port}") as channel:
-        yield channel, server
-    await server.stop(0)
+    try:
+        async with connect(f"127.0.0.1:{port}") as channel:
+            yield channel, server
+    finally:
+        await server.stop(0)
 
 
 def tensor(size: int, seed: int = 0) -> EncodedTensor:
@@ -427,9 +429,11 @@ async def raw_server(envelopes: list[fleet_pb2.FromServer]) -> AsyncIterator[grp
     fleet_pb2_grpc.add_FleetServicer_to_server(Fleet(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with connect(f"127.0.0.1:{port}") as channel:
-        yield channel
-    await server.stop(0)
+    try:
+        async with connect(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
 
 
 async def test_another_implementation_of_the_protocol_is_understood() -> None:

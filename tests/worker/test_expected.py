@@ -121,7 +121,9 @@ def test_captures_of_another_epoch_or_job_are_stale_and_not_read() -> None:
     judge.admit(second)
     assert refused(judge, capture(first, [X], x)) == Reason.STALE_EPOCH
     judge.admit(capture(second, [X], x))
-    judge.forget(first.job)
+    judge.forget(first.job, 1)
+    judge.admit(capture(second, [X], x))
+    judge.forget(first.job, 2)
     assert refused(judge, capture(second, [X], x)) == Reason.STALE_EPOCH
 
 

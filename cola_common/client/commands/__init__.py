@@ -1,0 +1,1 @@
+"""The `cola` command's parts, one group of commands a file."""

@@ -1,0 +1,158 @@
+"""Who may call what, over every kind of call."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from cola_common.errors import ColaError, Reason
+from cola_common.messages import Draining, ToServer, ToWorker
+from cola_common.rpc import auth
+from cola_common.rpc.auth import TokenAuth
+from cola_common.rpc.channels import connect
+from cola_common.rpc.duplex import Duplex, StreamBroken, StreamEnded, StreamFinished
+from cola_common.rpc.fleet import Context, add_fleet, attend
+from cola_common.rpc.status import from_rpc
+
+CLIENT, WORKER = "client-token", "worker-token"
+KINDS = ("unary_unary", "unary_stream", "stream_unary")
+
+
+class Parser:
+    """Counts the bodies that were parsed."""
+
+    def __init__(self) -> None:
+        self.parsed = 0
+
+    def __call__(self, body: bytes) -> bytes:
+        self.parsed += 1
+        return body
+
+
+@asynccontextmanager
+async def serving(parser: Parser, client: str | None = CLIENT, worker: str | None = WORKER) -> AsyncIterator[str]:
+    async def unary(_request: object, _context: object) -> bytes:
+        return b"yes"
+
+    async def stream(_request: object, _context: object) -> AsyncIterator[bytes]:
+        yield b"yes"
+
+    async def fleet(duplex: Duplex[ToWorker, ToServer], _context: Context) -> None:
+        await duplex.receive()
+        await duplex.goodbye("yes")
+
+    handlers = {
+        "unary_unary": grpc.unary_unary_rpc_method_handler(unary, parser),
+        "unary_stream": grpc.unary_stream_rpc_method_handler(stream, parser),
+        "stream_unary": grpc.stream_unary_rpc_method_handler(unary, parser),
+    }
+    server = grpc.aio.server(interceptors=[TokenAuth(client, worker)])
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler("cola.v1.Jobs", handlers),
+            grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handlers["unary_unary"]}),
+        )
+    )
+    add_fleet(server, fleet)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+async def call(address: str, kind: str, token: str | None, path: str | None = None) -> bytes | ColaError:
+    async def requests() -> AsyncIterator[bytes]:
+        yield b"body"
+
+    async with connect(address, token=token) as channel:
+        method = getattr(channel, kind)(path or f"/cola.v1.Jobs/{kind}")
+        try:
+            made = method(requests() if kind == "stream_unary" else b"body")
+            if kind == "unary_stream":
+                return b"".join([part async for part in made])
+            return await made
+        except grpc.aio.AioRpcError as error:
+            return from_rpc(error)
+
+
+async def attends(address: str, token: str | None) -> ColaError | None:
+    async with connect(address) as channel:
+        duplex = attend(channel, token=token)
+
+        async def talk() -> None:
+            await duplex.send(Draining())
+            await duplex.receive()
+
+        with pytest.raises(StreamEnded) as ended:
+            await talk()
+        if isinstance(ended.value, StreamFinished):
+            return None
+        assert isinstance(ended.value, StreamBroken)
+        return ended.value.error
+
+
+def reason(answer: bytes | ColaError | None) -> Reason | None:
+    return answer.reason if isinstance(answer, ColaError) else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_clients_call_needs_the_clients_token_before_its_body_is_parsed(kind: str) -> None:
+    parser = Parser()
+    async with serving(parser) as address:
+        assert reason(await call(address, kind, None)) is Reason.UNAUTHENTICATED
+        assert reason(await call(address, kind, "forged")) is Reason.UNAUTHENTICATED
+        assert reason(await call(address, kind, CLIENT + "x")) is Reason.UNAUTHENTICATED
+        assert reason(await call(address, kind, WORKER)) is Reason.PERMISSION_DENIED
+        assert parser.parsed == 0
+        assert await call(address, kind, CLIENT) == b"yes"
+
+
+async def test_the_fleet_needs_the_workers_token() -> None:
+    async with serving(Parser()) as address:
+        assert reason(await attends(address, None)) is Reason.UNAUTHENTICATED
+        assert reason(await attends(address, "forged")) is Reason.UNAUTHENTICATED
+        assert reason(await attends(address, CLIENT)) is Reason.PERMISSION_DENIED
+        assert await attends(address, WORKER) is None
+
+
+async def test_a_server_without_tokens_is_open() -> None:
+    async with serving(Parser(), None, None) as address:
+        assert await call(address, "unary_unary", None) == b"yes"
+        assert await call(address, "unary_unary", "any") == b"yes"
+        assert await attends(address, None) is None
+
+
+async def test_unknown_methods_are_not_told_apart_without_a_token() -> None:
+    async with serving(Parser()) as address:
+        assert reason(await call(address, "unary_unary", None, "/cola.v1.Nothing/Here")) is Reason.UNAUTHENTICATED
+        assert reason(await call(address, "unary_unary", CLIENT, "/cola.v1.Nothing/Here")) is Reason.INTERNAL
+
+
+async def test_a_probe_of_health_needs_no_token() -> None:
+    async with serving(Parser()) as address:
+        assert await call(address, "unary_unary", None, "/grpc.health.v1.Health/Check") == b"yes"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        (("authorization", CLIENT),),
+        (("authorization", f"Basic {CLIENT}"),),
+        (("authorization", f"Bearer  {CLIENT}"),),
+        (("authorization", "Bearer "),),
+        (("authorization", f"Bearer {CLIENT}"), ("authorization", "Bearer forged")),
+    ],
+)
+async def test_a_header_of_another_form_is_no_token(metadata: tuple[tuple[str, str], ...]) -> None:
+    async with serving(Parser()) as address, connect(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary("/cola.v1.Jobs/unary_unary")(b"", metadata=metadata)
+    assert from_rpc(refused.value).reason is Reason.UNAUTHENTICATED
+
+
+def test_every_method_has_a_role() -> None:
+    roles = {method: auth.role(method) for method in ("/cola.v1.Fleet/Attend", "/cola.v1.Jobs/Create", "/x/Y")}
+    assert roles == {"/cola.v1.Fleet/Attend": "worker", "/cola.v1.Jobs/Create": "client", "/x/Y": "client"}

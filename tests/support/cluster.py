@@ -1,0 +1,138 @@
+"""A server and its workers as processes on loopback, as their users start them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cola_common.client import Client
+
+START_SECONDS = 50.0
+STOP_SECONDS = 20.0
+
+
+class Daemon:
+    """One process, with its output in a file."""
+
+    def __init__(self, module: str, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+            )
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit status; SIGKILL where it does not go."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"did not stop within {STOP_SECONDS} s:\n{self.tail()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def tail(self) -> str:
+        """The end of what it printed."""
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+class Cluster:
+    """A context manager: a server with `models` (name -> folder), and workers, all with data folders under `root`."""
+
+    def __init__(
+        self,
+        root: Path,
+        models: Mapping[str, Path],
+        *,
+        workers: int = 1,
+        flags: Sequence[str] = (),
+        client_token: str | None = None,
+    ) -> None:
+        self.root = root
+        self._models = models
+        self._flags = list(flags)
+        self._count = workers
+        self._token = client_token
+        self.address = ""
+        self.workers: list[Daemon] = []
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_server()
+            for number in range(self._count):
+                self.start_worker(f"worker-{number}")
+            self.await_workers(self._count)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start_server(self, listen: str = "127.0.0.1:0") -> None:
+        """Starts the server and waits until it serves."""
+        data = self.root / "server"
+        (data / "address").unlink(missing_ok=True)
+        models = [f"--model={name}={path}" for name, path in self._models.items()]
+        self.server = Daemon(
+            "cola_server",
+            [*models, f"--listen={listen}", f"--data-dir={data}", "--device=cpu", *self._flags],
+            self.root / "server.log",
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not (data / "address").exists():
+            assert self.server.process.poll() is None, f"the server ended:\n{self.server.tail()}"
+            assert time.monotonic() < deadline, f"the server does not serve:\n{self.server.tail()}"
+            time.sleep(0.05)
+        self.address = (data / "address").read_text()
+
+    def start_worker(self, name: str, flags: Sequence[str] = ()) -> Daemon:
+        """Starts a worker with a data folder of that name."""
+        worker = Daemon(
+            "cola_worker",
+            [f"--server={self.address}", f"--data-dir={self.root / name}", *flags],
+            self.root / f"{name}.log",
+        )
+        self.workers.append(worker)
+        return worker
+
+    def await_workers(self, count: int) -> None:
+        """Waits until so many workers attend."""
+        deadline = time.monotonic() + START_SECONDS
+        with self.client() as client:
+            while sum(worker.status == "attending" for worker in client.workers.list()) != count:
+                for worker in self.workers:
+                    assert worker.process.poll() is None, f"a worker ended:\n{worker.tail()}"
+                assert time.monotonic() < deadline, f"no {count} workers:\n{self.server.tail()}"
+                time.sleep(0.05)
+
+    def client(self) -> Client:
+        """A client of this server."""
+        return Client(self.address, token=self._token)
+
+    def stop(self) -> None:
+        """Ends all processes; workers first, so that they say Goodbye."""
+        for daemon in (*self.workers, self.server):
+            if daemon.process.poll() is None:
+                daemon.process.send_signal(signal.SIGTERM)
+        for daemon in (*self.workers, self.server):
+            daemon.stop()
