@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import os
 import signal
+from pathlib import Path
 
 import structlog
 
@@ -49,7 +50,7 @@ async def run(config: ServerConfig) -> None:
         core = (await asyncio.to_thread(importlib.import_module, "cola_server.core")).Core(config, fleet, numerics)
         try:
             backend.set(await core.start())
-            (config.data_dir / "address").write_text(address)
+            _publish(config.data_dir, address)
             log.info("serving", address=address, models=sorted(config.models))
             await stop.wait()
             log.info("stopping")
@@ -62,6 +63,13 @@ async def run(config: ServerConfig) -> None:
         await listener.stop(0)
         numerics.close()
     log.info("stopped")
+
+
+def _publish(data_dir: Path, address: str) -> None:
+    """Tells who starts servers on port 0 where this one is; whoever reads the file reads all of it."""
+    partial = data_dir / "address.partial"
+    partial.write_text(address)
+    partial.rename(data_dir / "address")
 
 
 def _stop_signal() -> asyncio.Event:

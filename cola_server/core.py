@@ -33,7 +33,7 @@ class Core:
         """Loads the models and goes on with unfinished jobs. Raises: `ColaError`."""
         config = self._config
         url = config.database_url or f"sqlite:///{config.data_dir.absolute() / 'cola.db'}"
-        store = self._store = await asyncio.to_thread(JobStore, url)
+        store = self._store = await asyncio.to_thread(JobStore, url, create=not self._artefacts.ids())
         if config.threads is not None:
             await self._numerics.run(torch.set_num_threads, config.threads)
         models = {}

@@ -10,7 +10,6 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from cola_common.errors import ColaError, Reason
 from cola_common.rpc.addresses import split
 
-
 C = TypeVar("C", bound="WorkerConfig")
 
 

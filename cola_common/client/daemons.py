@@ -31,7 +31,7 @@ class Daemons:
     def start_server(self, model: str, path: str, *, split_jobs: int) -> str:
         """Starts `cola-server` on a free port of loopback and waits until it serves; returns its address.
 
-        Raises: `ColaError(UNAVAILABLE)` with the end of its log.
+        Raises: `ColaError(INTERNAL)` with the end of its log.
         """
         folder = self._data / "server"
         folder.mkdir(parents=True)
@@ -55,8 +55,11 @@ class Daemons:
         folder.mkdir(parents=True)
         self._start(name, "cola_worker", ["--server", server, "--data-dir", str(folder), "--threads", "1"])
 
-    def watch(self, on_failure: Callable[[], None]) -> None:
-        """Calls `on_failure` once, from another thread, when a daemon ends before the block does."""
+    def watch(self, on_failure: Callable[[], None]) -> dict[str, threading.Thread]:
+        """Calls `on_failure` once, from another thread, when a daemon ends before the block does.
+
+        Returns: a thread for each daemon, which ends with it.
+        """
         once = threading.Lock()
 
         def wait(name: str, process: subprocess.Popen[bytes]) -> None:
@@ -66,8 +69,13 @@ class Daemons:
                     self.failure = self._ended(name)
                     on_failure()
 
-        for name, process in self._running.items():
-            threading.Thread(target=wait, args=(name, process), name=f"watch-{name}", daemon=True).start()
+        threads = {
+            name: threading.Thread(target=wait, args=(name, process), name=f"watch-{name}", daemon=True)
+            for name, process in self._running.items()
+        }
+        for thread in threads.values():
+            thread.start()
+        return threads
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +113,6 @@ class Daemons:
     def _ended(self, name: str) -> ColaError:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         code = self._running[name].poll()
-        state = "is not ready yet" if code is None else f"ended with status {code}"
-        problem = "\n".join([f"it {state}; the end of {self._log(name)}:", *lines])
-        return ColaError(Reason.UNAVAILABLE, address=name, problem=problem)
+        state = f"did not serve within {START_SECONDS:g} s" if code is None else f"ended with status {code}"
+        problem = "\n".join([f"the {name} {state}; the end of {self._log(name)}:", *lines])
+        return ColaError(Reason.INTERNAL, problem=problem)

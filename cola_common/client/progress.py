@@ -7,12 +7,11 @@ from time import monotonic
 from typing import final
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from cola_common.client.quantities import bytes_text, count_text, duration_text, seconds_text
-from cola_common.client.tables import adapter_text, status_text
+from cola_common.client.tables import STATUS_STYLES, adapter_text, status_text
 from cola_common.jobs import Job, StepMetrics
 
 WINDOW = 50  # steps that rates and shares are means of: enough to be steady, few enough to show a change
@@ -20,7 +19,8 @@ CURVE_WIDTH = 40
 BAR_WIDTH = 30
 
 _LEVELS = "▁▂▃▄▅▆▇█"
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_FULL, _EMPTY = "█", "░"
 
 # What a step consists of: label, field of `StepMetrics`, colour.
 PARTS = (
@@ -45,12 +45,12 @@ class JobProgress:
         self._seen: tuple[StepMetrics, ...] = ()
         self._server_time = 0.0
         self._heard = monotonic()
-        self.set_job(job)
+        self._hear(job.created_at)
 
     def set_job(self, job: Job) -> None:
         """Takes the job as it stands now."""
         self.job = job
-        self._hear(max(job.created_at, job.started_at or 0.0))
+        self._hear(job.started_at or job.created_at)
 
     def add(self, metrics: Iterable[StepMetrics]) -> None:
         """Takes records of steps. A step that was done again after a rewind takes the place of its first record."""
@@ -133,26 +133,17 @@ class JobProgress:
         title = Text.assemble((job.id, "bold"), "  ", job.model, "  ", adapter_text(job.spec.adapter), "  ")
         return title.append_text(status_text(job))
 
-    def _bar(self) -> Table:
+    def _bar(self) -> Text:
         total = self.job.total_steps
-        row = Table.grid(padding=(0, 2))
-        cells: list[RenderableType] = [
-            ProgressBar(
-                total=total if total is not None else None,
-                completed=self._step(),
-                width=BAR_WIDTH,
-                pulse=total is None and not self.job.status.terminal,
-            ),
-            Text(f"step {self._steps()}"),
-        ]
+        parts = [f"step {self._steps()}"]
         if total:
-            cells.append(Text(f"{100 * self._step() / total:.0f} %", "bold"))
+            parts.append(f"{100 * self._step() / total:.0f} %")
         if self.elapsed is not None:
-            cells.append(Text(f"{duration_text(self.elapsed)} so far"))
+            parts.append(f"{duration_text(self.elapsed)} {'in all' if self.job.status.terminal else 'so far'}")
         if self.seconds_left is not None:
-            cells.append(Text(f"{duration_text(self.seconds_left)} left"))
-        row.add_row(*cells)
-        return row
+            parts.append(f"{duration_text(self.seconds_left)} left")
+        done = self._step() / total if total else 0.0
+        return Text.assemble((bar(done, BAR_WIDTH), STATUS_STYLES[self.job.status]), "  ", "  ".join(parts))
 
     def _numbers(self) -> Table:
         newest = self._seen[-1]
@@ -162,14 +153,15 @@ class JobProgress:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(no_wrap=True)
-        loss = Text.assemble((f"{newest.train_loss:.4f}", "bold"), f"  mean {fmean(r.train_loss for r in window):.4f}")
+        mean = fmean(record.train_loss for record in window)
+        loss = Text.assemble((f"{newest.train_loss:.4f}", "bold"), f"  mean {mean:.4f} of {_last(window)}")
         if valid:
             loss.append(f"  validation {valid[-1]:.4f}")
         grid.add_row("loss", loss)
         grid.add_row("", Text(curve(losses, CURVE_WIDTH), "cyan"))
         done = sum(record.tokens for record in self._seen)
         grid.add_row("speed", f"{count_text(self.tokens_per_second)} tokens/s  {count_text(done)} tokens done")
-        grid.add_row("rate", f"{newest.learning_rate:.2e}  gradient norm {newest.grad_norm:.3g}")
+        grid.add_row("learning rate", f"{newest.learning_rate:.2e}  gradient norm {newest.grad_norm:#.3g}")
         sent, back = fmean(r.sent_bytes for r in window), fmean(r.received_bytes for r in window)
         grid.add_row("traffic", f"{bytes_text(sent)} to the workers and {bytes_text(back)} back, each step")
         return grid
@@ -187,11 +179,13 @@ class JobProgress:
                 Text(seconds_text(seconds), justify="right"),
                 Text(f"{100 * share:.0f} %", justify="right"),
             )
-        steps = "the last step" if len(window) == 1 else f"the last {len(window)} steps"
-        heading = Text.assemble(
-            ("Where a step's time goes", "bold"), f"  {seconds_text(step)}, mean of {steps}; parts overlap"
-        )
+        mean = f"  {seconds_text(step)}, mean of {_last(window)}; parts overlap"
+        heading = Text.assemble(("Where a step's time goes", "bold"), mean)
         return Group(heading, grid)
+
+
+def _last(window: Sequence[StepMetrics]) -> str:
+    return "the last step" if len(window) == 1 else f"the last {len(window)} steps"
 
 
 def _counted(window: Sequence[StepMetrics]) -> int:
@@ -211,6 +205,5 @@ def curve(values: Sequence[float], width: int) -> str:
 
 def bar(share: float, width: int) -> str:
     """A bar of `share` of `width`, to an eighth of a character; always `width` long."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
-    text = _EIGHTHS[-1] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-    return text.ljust(width)
+    whole, eighths = divmod(round(min(max(share, 0.0), 1.0) * width * 8), 8)
+    return (_FULL * whole + (_EIGHTHS[eighths] if eighths else "")).ljust(width, _EMPTY)

@@ -29,9 +29,14 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def day_text(unix_seconds: float) -> str:
+    """A time of these days, in this machine's zone: `"23 Nov 20:19"`."""
+    return f"{datetime.fromtimestamp(unix_seconds, tz=UTC).astimezone():%d %b %H:%M}"
+
+
 def time_text(unix_seconds: float) -> str:
-    """A time of this machine's clock and zone: `"2026-11-23 20:19:33"`."""
-    return f"{datetime.fromtimestamp(unix_seconds, tz=UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+    """A time in this machine's zone: `"2026-11-23 20:19"`."""
+    return f"{datetime.fromtimestamp(unix_seconds, tz=UTC).astimezone():%Y-%m-%d %H:%M}"
 
 
 def clock_text(unix_seconds: float) -> str:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
-from rich import box
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from cola_common.client.quantities import bytes_text, count_text, seconds_text, time_text
+from cola_common.client.quantities import bytes_text, count_text, day_text, seconds_text, time_text
 from cola_common.jobs import (
     AdapterSpec,
     Checkpoint,
@@ -45,17 +44,19 @@ class Column(Generic[T]):
     heading: str
     cell: Callable[[T], str | Text]
     justify: JustifyMethod = "left"
-    fold: bool = False
-    """Long texts break into lines; others stay whole, as ids must to be copied."""
+    breaks: bool = False
+    """Gives way where the terminal is narrow; ids, which are copied, and numbers do not."""
 
 
 def table(columns: Sequence[Column[T]], records: Iterable[T]) -> Table:
-    """A record a row."""
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in columns:
-        result.add_column(column.heading, justify=column.justify, no_wrap=not column.fold, overflow="fold")
-    for record in records:
-        result.add_row(*(column.cell(record) for column in columns))
+    """A record a row; columns in which nothing stands are left out."""
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    rows = [[column.cell(record) for column in columns] for record in records]
+    filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    for column in (columns[i] for i in filled):
+        result.add_column(column.heading, justify=column.justify, no_wrap=not column.breaks, overflow="fold")
+    for row in rows:
+        result.add_row(*(row[i] for i in filled))
     return result
 
 
@@ -101,7 +102,7 @@ def targets_text(adapter: AdapterSpec) -> str:
 def job_details(job: Job) -> Table:
     """All that a user asks of one job."""
     spec, h = job.spec, job.spec.hyperparameters
-    length = f"{h.max_steps} steps" if h.max_steps is not None else f"{h.n_epochs} epochs"
+    length = _counted(h.max_steps, "step") if h.max_steps is not None else _counted(h.n_epochs, "epoch")
     batches = f"batches of {h.batch_size} × {h.max_length} tokens"
     interval = f", a step every {h.adaptation_interval} batches" if h.adaptation_interval > 1 else ""
     return details(
@@ -137,42 +138,40 @@ def job_details(job: Job) -> Table:
 
 JOBS: Sequence[Column[Job]] = (
     Column("job", lambda job: job.id),
-    Column("status", status_text),
+    Column("status", status_text, breaks=True),
     Column("steps", steps_text, "right"),
-    Column("model", lambda job: job.model, fold=True),
+    Column("model", lambda job: job.model, breaks=True),
     Column("adapter", lambda job: adapter_text(job.spec.adapter)),
-    Column("created", lambda job: time_text(job.created_at)),
+    Column("created", lambda job: day_text(job.created_at), breaks=True),
 )
 
 EVENTS: Sequence[Column[JobEvent]] = (
     Column("id", lambda event: str(event.id), "right"),
-    Column("time", lambda event: time_text(event.created_at)),
-    Column("event", lambda event: Text(event.message, LEVEL_STYLES[event.level]), fold=True),
+    Column("time", lambda event: time_text(event.created_at), breaks=True),
+    Column("event", lambda event: Text(event.message, LEVEL_STYLES[event.level]), breaks=True),
 )
 
 METRICS: Sequence[Column[StepMetrics]] = (
     Column("step", lambda m: str(m.step), "right"),
     Column("loss", lambda m: f"{m.train_loss:.4f}", "right"),
     Column("valid", lambda m: "" if m.valid_loss is None else f"{m.valid_loss:.4f}", "right"),
-    Column("rate", lambda m: f"{m.learning_rate:.2e}", "right"),
-    Column("grad", lambda m: f"{m.grad_norm:.3g}", "right"),
-    Column("tokens", lambda m: str(m.tokens), "right"),
-    Column("time", lambda m: seconds_text(m.seconds), "right"),
-    Column("model", lambda m: seconds_text(m.model_seconds), "right"),
-    Column("encode", lambda m: seconds_text(m.encode_seconds), "right"),
-    Column("wire", lambda m: seconds_text(m.wire_seconds), "right"),
-    Column("worker", lambda m: seconds_text(m.worker_seconds), "right"),
-    Column("fold", lambda m: seconds_text(m.fold_seconds), "right"),
-    Column("sent", lambda m: bytes_text(m.sent_bytes), "right"),
-    Column("back", lambda m: bytes_text(m.received_bytes), "right"),
+    Column("grad", lambda m: f"{m.grad_norm:#.3g}", "right"),
+    Column("time", lambda m: _tight(seconds_text(m.seconds)), "right"),
+    Column("model", lambda m: _tight(seconds_text(m.model_seconds)), "right"),
+    Column("encode", lambda m: _tight(seconds_text(m.encode_seconds)), "right"),
+    Column("wire", lambda m: _tight(seconds_text(m.wire_seconds)), "right"),
+    Column("worker", lambda m: _tight(seconds_text(m.worker_seconds)), "right"),
+    Column("fold", lambda m: _tight(seconds_text(m.fold_seconds)), "right"),
+    Column("sent", lambda m: _tight(bytes_text(m.sent_bytes)), "right"),
+    Column("back", lambda m: _tight(bytes_text(m.received_bytes)), "right"),
 )
 
 FILES: Sequence[Column[FileObject]] = (
     Column("file", lambda file: file.id),
-    Column("name", lambda file: file.filename, fold=True),
+    Column("name", lambda file: file.filename, breaks=True),
     Column("purpose", lambda file: file.purpose),
     Column("size", lambda file: bytes_text(file.bytes), "right"),
-    Column("created", lambda file: time_text(file.created_at)),
+    Column("created", lambda file: day_text(file.created_at), breaks=True),
 )
 
 CHECKPOINTS: Sequence[Column[Checkpoint]] = (
@@ -180,7 +179,7 @@ CHECKPOINTS: Sequence[Column[Checkpoint]] = (
     Column("step", lambda checkpoint: str(checkpoint.step_number), "right"),
     Column("loss", lambda checkpoint: _metric(checkpoint, "train_loss"), "right"),
     Column("valid", lambda checkpoint: _metric(checkpoint, "valid_loss"), "right"),
-    Column("created", lambda checkpoint: time_text(checkpoint.created_at)),
+    Column("created", lambda checkpoint: day_text(checkpoint.created_at), breaks=True),
 )
 
 MODELS: Sequence[Column[ModelCard]] = (
@@ -197,9 +196,9 @@ WORKERS: Sequence[Column[WorkerCard]] = (
     Column("shards", lambda worker: str(worker.shards), "right"),
     Column("cores", lambda worker: str(worker.cores), "right"),
     Column("memory", lambda worker: bytes_text(worker.memory_bytes), "right"),
-    Column("speed", lambda worker: f"{worker.gflops:,.0f} GFLOP/s", "right"),
-    Column("device", lambda worker: worker.device),
-    Column("last seen", lambda worker: time_text(worker.last_seen)),
+    Column("GFLOP/s", lambda worker: f"{worker.gflops:,.0f}", "right"),
+    Column("accelerator", lambda worker: "" if worker.device == "cpu" else worker.device),
+    Column("last seen", lambda worker: day_text(worker.last_seen), breaks=True),
 )
 
 
@@ -215,6 +214,15 @@ def file_details(file: FileObject) -> Table:
             ("created", time_text(file.created_at)),
         ]
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _tight(text: str) -> str:
+    """Without the space before the unit: a step's many numbers fit a terminal of 80 columns."""
+    return text.replace(" ", "")
 
 
 def _metric(checkpoint: Checkpoint, name: str) -> str:

@@ -74,4 +74,4 @@ def _tell_end(view: JobProgress, console: Console) -> None:
         text.append(f": {job.error.message}")
     console.print(text, soft_wrap=True)
     if job.status is JobStatus.SUCCEEDED:
-        console.print(f"The adapter: cola checkpoints list {job.id}", soft_wrap=True)
+        console.print(f"Its adapters: cola checkpoints list {job.id}", soft_wrap=True)

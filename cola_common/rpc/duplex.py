@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -198,10 +199,13 @@ class Duplex(Generic[Sent, Received]):
         except ColaError as error:
             await self._payload(data, sum(sizes), lambda _: None)
             raise MessageRefused(message, error) from error
-        arriving = frames.Payload(sizes)
-        await self._payload(data, sum(sizes), arriving.fill)
+        chunks: list[memoryview] = []
+        await self._payload(data, sum(sizes), chunks.append)
+        # Joined, not copied into a buffer made beforehand: Python would fill that with zeros first.
+        whole = chunks[0] if len(chunks) == 1 else memoryview(bytearray().join(chunks))
         filled = tuple(
-            dataclasses.replace(tensor, data=view) for tensor, view in zip(tensors, arriving.tensors, strict=True)
+            dataclasses.replace(tensor, data=whole[end - tensor.nbytes : end])
+            for tensor, end in zip(tensors, accumulate(sizes), strict=True)
         )
         assert isinstance(message, Assign | Capture | Delta)
         return dataclasses.replace(message, tensors=filled)

@@ -5,7 +5,6 @@ field twice on each side; here it is written behind the serialized rest, and rea
 a tag byte, the length as a varint, the bytes. It is the same message to any other implementation.
 """
 
-import ctypes
 from collections.abc import Iterator, Sequence
 
 from cola_common.errors import ColaError, Reason
@@ -13,10 +12,6 @@ from cola_common.messages import Buffer
 
 _DATA_TAG = 15 << 3 | 2
 _LENGTH_DELIMITED = 2
-
-# BLAS may round differently where a matrix does not start on a cache line. Tensors that are read in place are to start
-# there as all others do, or a worker's bits would depend on where in a message they lay.
-_ALIGNMENT = 64
 
 
 def pack(head: bytes, tensors: Sequence[Buffer], chunk_bytes: int) -> Iterator[bytes]:
@@ -59,32 +54,6 @@ def unpack(envelope: bytes) -> tuple[bytes, memoryview]:
     return envelope, memoryview(b"")
 
 
-class Payload:
-    """A message's tensors while their bytes arrive: one buffer, each tensor at the start of a cache line."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        buffer = bytearray(sum(map(_rounded, sizes)) + _ALIGNMENT)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % _ALIGNMENT
-        self.tensors: list[memoryview] = []
-        for size in sizes:
-            self.tensors.append(memoryview(buffer)[start : start + size])
-            start += _rounded(size)
-        self._tensor = 0
-        self._filled = 0  # bytes of that tensor
-
-    def fill(self, data: memoryview) -> None:
-        """Puts in the next bytes; there may be no more of them than the sizes tell of."""
-        while data:
-            target = self.tensors[self._tensor][self._filled :]
-            if not target:
-                self._tensor, self._filled = self._tensor + 1, 0
-                continue
-            count = min(len(target), len(data))
-            target[:count] = data[:count]
-            self._filled += count
-            data = data[count:]
-
-
 def _unreadable() -> ColaError:
     return ColaError(Reason.PROTOCOL_VIOLATION, problem="an envelope that cannot be read")
 
@@ -113,7 +82,3 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return number, position + place + 1
     return 0, len(data) + 1
-
-
-def _rounded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -10,8 +10,6 @@ import typer
 
 from cola_common.errors import ColaError
 from cola_server.demo.dialogues import read_dialogues, split_dialogues, write_rows
-from cola_server.demo.evaluation import evaluate
-from cola_server.demo.smollm2 import converted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The torch side of `cola demo`.")
 
@@ -28,8 +26,12 @@ def prepare_command(
     train, evaluation = folder / "train.jsonl", folder / "evaluation.jsonl"
     write_rows(train, split.train)
     write_rows(evaluation, split.evaluation)
+    if model is None:
+        from cola_server.demo.smollm2 import converted  # torch and transformers take seconds
+
+        model = str(converted(cache))
     _answer(
-        model=model if model is not None else str(converted(cache)),
+        model=model,
         train=str(train),
         train_rows=len(split.train),
         evaluation=str(evaluation),
@@ -45,6 +47,8 @@ def evaluate_command(
     max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.")],
 ) -> None:
     """Print the loss and perplexity of the rows before and after."""
+    from cola_server.demo.evaluation import evaluate
+
     before = evaluate(model, None, rows, max_length)
     after = evaluate(model, adapter, rows, max_length)
     _answer(

@@ -25,26 +25,28 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30
 """How long a SQLite writer waits for another: writers here hold the lock for a few milliseconds."""
 
+MISSING = "the database is gone, but its files and checkpoints are here; restore it, or move them away"
+
 
 class Database:
     """An open database of the newest schema."""
 
-    def __init__(self, url: str) -> None:
-        """Raises: `ColaError(INVALID_CONFIG)` for a URL that means nothing, `ColaError(INVALID_FILE)` for a database
-        that is damaged, not one of ours, or of a newer schema than this code's.
+    def __init__(self, url: str, *, create: bool) -> None:
+        """`create` allows to make one where there is none.
+
+        Raises: `ColaError(INVALID_CONFIG)` for a URL that means nothing; `ColaError(INVALID_FILE)` for a database that
+        is missing, damaged, not one of ours, or of a newer schema than this code's.
         """
         try:
             parsed = make_url(url)
         except ArgumentError as error:
             raise ColaError(Reason.INVALID_CONFIG, setting="database", problem=str(error)) from None
-        self.fresh: bool
-        """Whether this call made it."""
         if parsed.get_backend_name() == "sqlite":
-            self.engine, self.fresh = _open_file(parsed)
+            self.engine = _open_file(parsed, create)
         else:
             self.engine = create_engine(parsed)
             with self.engine.begin() as connection:
-                self.fresh = _migrate(connection, parsed.render_as_string())
+                _migrate(connection, parsed.render_as_string(), create)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -65,12 +67,13 @@ class Database:
         self.engine.dispose()
 
 
-def _open_file(url: URL) -> tuple[Engine, bool]:
+def _open_file(url: URL, create: bool) -> Engine:
     if not url.database or url.database == ":memory:":
         raise ColaError(Reason.INVALID_CONFIG, setting="database", problem="jobs must outlive the server; name a file")
     path = Path(url.database)
-    fresh = not path.exists()
-    if fresh:
+    if not path.exists():
+        if not create:
+            raise ColaError(Reason.INVALID_FILE, file=path, problem=MISSING)
         _make_file(url, path)
     elif path.stat().st_size == 0:
         raise ColaError(Reason.INVALID_FILE, file=path, problem="the database is empty; restore it from a copy")
@@ -80,16 +83,14 @@ def _open_file(url: URL) -> tuple[Engine, bool]:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
             if found != "ok":
                 raise ColaError(Reason.INVALID_FILE, file=path, problem=f"the database is damaged: {found}")
-            if MigrationContext.configure(connection).get_current_revision() is None:
-                raise ColaError(Reason.INVALID_FILE, file=path, problem="not a database of this program")
-            _migrate(connection, str(path))
+            _migrate(connection, str(path), create=False)
     except DatabaseError as error:
         engine.dispose()
         raise ColaError(Reason.INVALID_FILE, file=path, problem=f"the database is damaged: {error.orig}") from error
     except ColaError:
         engine.dispose()
         raise
-    return engine, fresh
+    return engine
 
 
 def _make_file(url: URL, path: Path) -> None:
@@ -100,7 +101,7 @@ def _make_file(url: URL, path: Path) -> None:
         file.execute("PRAGMA journal_mode = WAL")  # the file keeps it: readers do not wait for a writer
     engine = _sqlite_engine(url.set(database=str(unborn)))
     with engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
-        _migrate(connection, str(unborn))
+        _migrate(connection, str(unborn), create=True)
     engine.dispose()  # the last connection to close moves the log into the file
     unborn.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -130,15 +131,16 @@ def _sqlite_engine(url: URL) -> Engine:
     return engine
 
 
-def _migrate(connection: Connection, name: str) -> bool:
-    """Brings the schema up to date. Returns: whether there was none."""
+def _migrate(connection: Connection, name: str, create: bool) -> None:
+    """Brings the schema up to date, or makes it where there is none and `create` allows it."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     current = MigrationContext.configure(connection).get_current_revision()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if current is None and not create:
+        raise ColaError(Reason.INVALID_FILE, file=name, problem="it has no schema of this program's")
     if current is not None and current not in known:
         problem = f"the database has schema {current} of a newer version of this program"
         raise ColaError(Reason.INVALID_FILE, file=name, problem=problem)
     command.upgrade(config, "head")
-    return current is None

@@ -65,20 +65,13 @@ class JobService:
         scheduler: Scheduler,
         limits: Limits | None = None,
     ) -> None:
-        """Removes artefacts without a record, which a crash between the two left.
-
-        Raises: `ColaError(INVALID_FILE)` where there are artefacts and the database was not there: it is lost.
-        """
+        """Removes artefacts without a record, which a crash between the two left."""
         self._store = store
         self._artefacts = artefacts
         self._catalogue = catalogue
         self._scheduler = scheduler
         self._limits = limits or Limits()
-        orphans = artefacts.ids() - store.artefacts()
-        if orphans and store.fresh:
-            problem = "is gone, but its files and checkpoints are here; restore it, or move them away"
-            raise ColaError(Reason.INVALID_FILE, file="the database", problem=problem)
-        for orphan in orphans:
+        for orphan in artefacts.ids() - store.artefacts():
             artefacts.remove(orphan)
 
     def recover(self) -> None:

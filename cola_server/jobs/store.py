@@ -40,16 +40,13 @@ TERMINAL = tuple(status.value for status in JobStatus if status.terminal)
 class JobStore:
     """All records of a server, at a database URL such as `sqlite:////var/lib/cola/cola.db`."""
 
-    def __init__(self, url: str) -> None:
-        """Raises: as `cola_server.jobs.database.Database`."""
-        self._database = Database(url)
+    def __init__(self, url: str, *, create: bool) -> None:
+        """`create` allows to make the database where there is none: not where there are artefacts, whose database it
+        would have been. Raises: as `cola_server.jobs.database.Database`.
+        """
+        self._database = Database(url, create=create)
         self._callbacks: tuple[Callable[[str], None], ...] = ()
         self._lock = threading.Lock()  # guards `_callbacks`
-
-    @property
-    def fresh(self) -> bool:
-        """Whether there was no database and this object made one."""
-        return self._database.fresh
 
     def close(self) -> None:
         """Closes the database."""

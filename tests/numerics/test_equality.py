@@ -1,7 +1,7 @@
 """ColA trains to the same parameters as ordinary back-propagation, over the product of what a job can be.
 
-Inside the test: scale s ≠ 1, loss reduction, ragged padding, label masks, a batch without targets, interval, weight decay,
-momentum, warm-up. An oracle's run is shared by the cells that it holds for.
+Inside the test: scale s ≠ 1, loss reduction, ragged padding, label masks, a batch without targets, interval, weight
+decay, momentum, warm-up. An oracle's run is shared by the cells that it holds for.
 """
 
 from collections.abc import Sequence
@@ -157,7 +157,9 @@ def bits(parameters: dict[str, Parameters]) -> bytes:
     return b"".join(p.numpy().tobytes() for shard in parameters.values() for p in shard.values())
 
 
-FAMILY_FOLDS = [(f, o) for f in ("lora", "linear", "mlp") for o in ("unmerged", "merged") if (f, o) != ("mlp", "merged")]
+FAMILY_FOLDS = [
+    (f, o) for f in ("lora", "linear", "mlp") for o in ("unmerged", "merged") if (f, o) != ("mlp", "merged")
+]
 
 
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])

@@ -159,9 +159,7 @@ def test_the_loss_of_a_batch_without_targets_is_zero_and_so_is_every_gradient() 
     assert all(not g.any() for _, _, _, g in sink.captures)
 
 
-def _check_cohort(
-    base: BaseModel, specs: list[AdapterSpec], batches: list[Batch], labels: list[int | None]
-) -> None:
+def _check_cohort(base: BaseModel, specs: list[AdapterSpec], batches: list[Batch], labels: list[int | None]) -> None:
     adapters = [
         stirred(probe(base, spec, labels=count, fold="unmerged"), seed)
         for seed, (spec, count) in enumerate(zip(specs, labels, strict=True))
@@ -169,9 +167,7 @@ def _check_cohort(
     sinks = [Kept() for _ in specs]
     together = train(base, [_job_batch(*of_job) for of_job in zip(batches, adapters, sinks, strict=True)])
     sums = evaluate(base, [_job_batch(*of_job, None) for of_job in zip(batches, adapters, strict=True)])
-    for batch, adapter, sink, result, (loss_sum, targets) in zip(
-        batches, adapters, sinks, together, sums, strict=True
-    ):
+    for batch, adapter, sink, result, (loss_sum, targets) in zip(batches, adapters, sinks, together, sums, strict=True):
         alone = Kept()
         (wanted,) = train(base, [_job_batch(batch, adapter, alone)])
         assert result.loss == pytest.approx(wanted.loss, rel=1e-6)

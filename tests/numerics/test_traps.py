@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cola_common.adapters import Parameters
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
 from cola_common.messages import OptimizerPlan
-from cola_server.model import BaseModel, JobAdapter, JobBatch, Merging, Site, probe, train
+from cola_server.model import BaseModel, JobAdapter, JobBatch, Merging, Sink, Site, probe, train
 from tests.support.in_process import Batch, InProcess
 from tests.support.models import VOCABULARY, base_of, load_tiny, tiny
 from tests.support.oracle import wrap
@@ -46,7 +47,9 @@ def of_size(sites: tuple[Site, ...], spread: float) -> JobAdapter:
     return JobAdapter(sites, state, torch.device("cpu"))
 
 
-def gradient(base: BaseModel, adapter: JobAdapter, folder: Path, batches: list[Batch], values: str = "fp32") -> Parameters:
+def gradient(
+    base: BaseModel, adapter: JobAdapter, folder: Path, batches: list[Batch], values: str = "fp32"
+) -> Parameters:
     """The gradient that a worker steps by: with plain SGD at rate 1 it is what the step takes away."""
     before = adapter.state()
     with InProcess(base, adapter.sites, adapter, PLAN, folder, values=values) as job:
@@ -61,11 +64,17 @@ def gradient(base: BaseModel, adapter: JobAdapter, folder: Path, batches: list[B
 def true_gradient(adapter: JobAdapter, batches: list[Batch]) -> Parameters:
     """By autograd, in fp64."""
     module = tiny("llama").double()
-    start = {s.name: {n: p.double() for n, p in of.items()} for s, of in zip(adapter.sites, adapter.state(), strict=True)}
+    start = {
+        s.name: {n: p.double() for n, p in of.items()} for s, of in zip(adapter.sites, adapter.state(), strict=True)
+    }
     found = wrap(module, {site.name: site.family for site in adapter.sites}, start)
     for one in batches:
-        (module(input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels).loss / len(batches)).backward()
-    return {f"{site}.{name}": p.grad for site, of_site in found.items() for name, p in of_site.items() if p.grad is not None}
+        (
+            module(input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels).loss / len(batches)
+        ).backward()
+    return {
+        f"{site}.{name}": p.grad for site, of_site in found.items() for name, p in of_site.items() if p.grad is not None
+    }
 
 
 def error(got: Parameters, wanted: Parameters) -> float:
@@ -123,21 +132,21 @@ def test_the_backward_pass_runs_through_the_adapters(tmp_path: Path) -> None:
     assert error(gradient(base, adapter, tmp_path, [batch()]), wanted) < 2e-5
 
 
+def _detached_forward(wrapped: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return wrapped.inner(x) + wrapped.family.scale * (x.detach() @ wrapped.own["W"].T)
+
+
 def _detached_gradient(adapter: JobAdapter, one: Batch) -> Parameters:
     module = tiny("llama")
     start = {site.name: parameters for site, parameters in zip(adapter.sites, adapter.state(), strict=True)}
     found = wrap(module, {site.name: site.family for site in adapter.sites}, start)
     for site in adapter.sites:
-        module.get_submodule(site.name).register_forward_pre_hook(
-            lambda wrapped, args: setattr(wrapped, "seen", args[0]) or None
-        )
-
-        def forward(x: torch.Tensor, wrapped: torch.nn.Module = module.get_submodule(site.name)) -> torch.Tensor:
-            return wrapped.inner(x) + wrapped.family.scale * (x.detach() @ wrapped.own["W"].T)
-
-        module.get_submodule(site.name).forward = forward
+        wrapped = module.get_submodule(site.name)
+        wrapped.forward = partial(_detached_forward, wrapped)
     module(input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels).loss.backward()
-    return {f"{site}.{name}": p.grad for site, of_site in found.items() for name, p in of_site.items() if p.grad is not None}
+    return {
+        f"{site}.{name}": p.grad for site, of_site in found.items() for name, p in of_site.items() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 32.0])
@@ -238,7 +247,7 @@ def test_a_job_s_gradient_does_not_shrink_with_its_share_of_the_batch() -> None:
     assert together.squares == pytest.approx(alone.squares, rel=1e-4)
 
 
-def _job(one: Batch, adapter: JobAdapter, sink: object) -> JobBatch:
+def _job(one: Batch, adapter: JobAdapter, sink: Sink) -> JobBatch:
     return JobBatch(
         input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels, adapter=adapter, sink=sink
     )

@@ -25,7 +25,7 @@ OWN = {"cola_adapter.json": b"{}", "cola_adapter.safetensors": b"weights"}
 
 @pytest.fixture
 def store(tmp_path):
-    store = JobStore(f"sqlite:///{tmp_path / 'cola.db'}")
+    store = JobStore(f"sqlite:///{tmp_path / 'cola.db'}", create=True)
     yield store
     store.close()
 

@@ -34,7 +34,7 @@ def url(tmp_path):
 
 @pytest.fixture
 def store(url):
-    store = JobStore(url)
+    store = JobStore(url, create=True)
     yield store
     store.close()
 
@@ -105,8 +105,7 @@ def test_everything_survives_a_restart(store, url):
     kept = store.add_checkpoint(checkpoint(job.id, 2))
     before = (store.job(job.id), store.events(job.id), store.metrics(job.id), store.files())
     store.close()
-    again = JobStore(url)
-    assert not again.fresh
+    again = JobStore(url, create=True)
     assert (again.job(job.id), again.events(job.id), again.metrics(job.id), again.files()) == before
     assert again.checkpoint(kept.id) == kept
     assert before[0].trained_tokens == 2**40
@@ -222,7 +221,7 @@ def test_epochs_count_up_and_are_never_given_out_twice(store, url):
     run_at_once(lambda: given.extend(store.begin_epoch(job.id) for _ in range(10)), threads=4)
     assert sorted(given) == list(range(1, 41))
     store.close()
-    again = JobStore(url)
+    again = JobStore(url, create=True)
     assert again.begin_epoch(job.id) == 41
     again.close()
 
@@ -350,7 +349,7 @@ def test_a_step_has_one_checkpoint(store):
 def test_subscribers_hear_of_each_change_after_it_is_committed(store, url):
     job = make_job(store)
     heard = []
-    beside = JobStore(url)  # sees what is committed only
+    beside = JobStore(url, create=True)  # sees what is committed only
     unsubscribe = store.subscribe(lambda job: heard.append((job, beside.job(job).status, len(beside.events(job)))))
     store.transition(job.id, JobStatus.QUEUED)
     store.add_event(job.id, "x")
@@ -374,7 +373,7 @@ def test_nobody_hears_of_what_was_refused(store):
 
 
 def test_migrations_make_the_tables_of_the_models(url):
-    database = Database(url)
+    database = Database(url, create=True)
     with database.reading() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
@@ -382,7 +381,7 @@ def test_migrations_make_the_tables_of_the_models(url):
 
 
 def test_a_power_cut_takes_nothing_back_and_references_hold(url):
-    database = Database(url)
+    database = Database(url, create=True)
     with database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
@@ -431,7 +430,7 @@ def newer_schema(path):
     ids=["empty", "text", "cut short", "torn header", "overwritten", "another program's", "newer schema"],
 )
 def test_a_damaged_database_is_refused_by_name_and_left_alone(url, tmp_path, damage):
-    store = JobStore(url)
+    store = JobStore(url, create=True)
     job = make_job(store)
     for _ in range(50):
         store.add_event(job.id, "x" * 100)
@@ -440,7 +439,7 @@ def test_a_damaged_database_is_refused_by_name_and_left_alone(url, tmp_path, dam
     damage(path)
     found = path.read_bytes()
     with pytest.raises(ColaError) as error:
-        JobStore(url)
+        JobStore(url, create=True)
     assert reason(error) == Reason.INVALID_FILE
     assert str(path) in error.value.message
     assert path.read_bytes() == found
@@ -449,17 +448,25 @@ def test_a_damaged_database_is_refused_by_name_and_left_alone(url, tmp_path, dam
 def test_a_first_start_that_was_cut_off_leaves_no_half_database(url, tmp_path):
     (tmp_path / "cola.db.new").write_bytes(b"half")
     (tmp_path / "cola.db.new-wal").write_bytes(b"half")
-    store = JobStore(url)
-    assert store.fresh
+    store = JobStore(url, create=True)
     make_job(store)
     store.close()
     assert [path.name for path in tmp_path.iterdir()] == ["cola.db"]
 
 
+def test_a_missing_database_is_not_recreated_where_there_was_one(url, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ColaError) as error:
+            JobStore(url, create=False)
+        assert reason(error) == Reason.INVALID_FILE
+        assert str(tmp_path / "cola.db") in error.value.message
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("wrong", ["no url", "sqlite://", "sqlite:///:memory:"])
 def test_a_url_that_keeps_nothing_is_refused(wrong):
     with pytest.raises(ColaError) as error:
-        JobStore(wrong)
+        JobStore(wrong, create=True)
     assert reason(error) == Reason.INVALID_CONFIG
 
 

@@ -1,6 +1,5 @@
 """Frames are protobuf: packed by hand they parse as envelopes, and envelopes made by protobuf unpack."""
 
-import ctypes
 from contextlib import suppress
 
 import pytest
@@ -77,16 +76,3 @@ def test_data_that_is_not_the_last_field_is_a_violation() -> None:
     data_first = fleet_pb2.FromServer(data=b"abc").SerializeToString() + envelope().SerializeToString()
     with pytest.raises(ColaError, match="cannot be read"):
         frames.unpack(data_first)
-
-
-@settings(deadline=None)
-@given(SIZES, st.integers(1, 400))
-def test_a_payload_holds_what_came_in_any_chunks_each_tensor_on_a_cache_line(sizes: list[int], chunk: int) -> None:
-    data = tensors(sizes)
-    joined = memoryview(b"".join(data))
-    payload = frames.Payload(sizes)
-    for start in range(0, len(joined), chunk):
-        payload.fill(joined[start : start + chunk])
-    assert [bytes(view) for view in payload.tensors] == data
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in payload.tensors if view]
-    assert all(address % 64 == 0 for address in addresses)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -91,7 +92,7 @@ class InProcess:
             )
             assert _handle(trainer, assign) == []
 
-    def __enter__(self) -> "InProcess":
+    def __enter__(self) -> Self:
         if self._merging is not None:
             self._merging.merge()
         return self

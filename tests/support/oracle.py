@@ -1,5 +1,5 @@
-"""Ordinary back-propagation, which knows nothing of ColA: `peft` for LoRA, modules wrapped by hand for the others; torch's
-optimizers, `clip_grad_norm_` and transformers' schedules; the loss as transformers makes it from labels.
+"""Ordinary back-propagation, which knows nothing of ColA: `peft` for LoRA, modules wrapped by hand for the others;
+torch's optimizers, `clip_grad_norm_` and transformers' schedules; the loss as transformers makes it from labels.
 """
 
 import warnings

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_common.adapters import Parameters
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import (
     PROTOCOL,
@@ -58,11 +56,6 @@ async def attend(address: str, folder: Path, then: Callable[[Session], Awaitable
                 tasks.create_task(then(session))
             await session.run()
     return session
-
-
-def job() -> Driver:
-    plans = shard_plans(FAMILIES["lora"])
-    return Driver.of(ADAMW, plans, Trainer(Shards(Path("unused"))))
 
 
 async def train_step(stream: Stream, driver: Driver, seed: int) -> Delta:
@@ -305,7 +298,7 @@ async def test_a_trainer_that_hangs_ends_the_process_and_not_the_session_alone(
     await asyncio.sleep(0.1)  # the thread ends while its loop still lives
 
 
-async def test_a_backlog_slows_its_sender_down(driver: Driver) -> None:
+async def test_a_backlog_slows_its_sender_down(driver: Driver, tmp_path: Path) -> None:
     """No more than the limit and one message is ever held for a trainer that is behind."""
     go_on, handled = threading.Event(), []
 
@@ -313,14 +306,15 @@ async def test_a_backlog_slows_its_sender_down(driver: Driver) -> None:
         def handle(self, message: ToTrainer) -> list[ToServer]:
             go_on.wait(10)
             handled.append(message)
-            return []
+            return [Draining()]
 
         def close(self) -> None:
             pass
 
     frames = driver.captures(random_batch(driver.plans, 0)) * 4
     size = max(sum(t.nbytes for t in f.tensors) for f in frames)
-    thread = TrainerThread(Slow(Shards(Path("unused"))), lambda _: None, backlog_bytes=2 * size)
+    answers: asyncio.Queue[ToServer] = asyncio.Queue()
+    thread = TrainerThread(Slow(Shards(tmp_path)), answers.put_nowait, backlog_bytes=2 * size)
     put = 0
 
     async def feed() -> None:
@@ -334,9 +328,10 @@ async def test_a_backlog_slows_its_sender_down(driver: Driver) -> None:
     assert 0 < put < len(frames)
     go_on.set()
     await feeding
-    while thread.progress < len(frames):
-        await asyncio.sleep(0.01)
+    for _ in frames:
+        await answers.get()
     assert handled == frames
+    assert thread.progress == len(frames)
     assert await thread.stop(5)
 
 

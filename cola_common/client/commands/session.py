@@ -24,6 +24,7 @@ from cola_common.errors import ColaError, Reason
 P = ParamSpec("P")
 R = TypeVar("R", bound=BaseModel)
 
+PIPE_WIDTH = 240  # what goes to a pipe or a file is searched and cut: rows stay whole
 DEFAULT_SERVER = "127.0.0.1:50051"
 _PANEL = "Server and output"
 
@@ -91,6 +92,8 @@ class Session:
         token = None if token_file is None else _token(token_file)
         self.json = format is Format.JSON
         self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = PIPE_WIDTH
         self.client = Client(server, token, root_certificates, insecure)
 
     def one(self, record: BaseModel, view: RenderableType) -> None:

@@ -1,0 +1,195 @@
+"""What a step costs the GPU host: CPU seconds of the whole server process against ordinary training, in one run.
+
+    (a) the frozen model's forward and backward pass
+    (b) PEFT LoRA with AdamW in one process
+    (c) the whole server process, unmerged and merged: capture, encode and send included, a worker on the other core
+
+SmolLM2-135M in fp32, B4×T64 without padding, LoRA r=8 on all seven linears, `bf16` values, one thread for each. The
+four alternate in rounds; the figures are medians over the rounds. CPU seconds are user and system time of the process.
+
+    python -m benchmarks.server_step [--rounds 5] [--steps 10]
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.record import write_record
+from cola_common.client import Client
+from cola_server.demo.smollm2 import converted
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BATCH, LENGTH, RANK = 4, 64, 8
+WARMUP_STEPS = 3
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far, with its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def server_round(client: Client, pid: int, file: str, steps: int, fold: str) -> float:
+    """CPU seconds a step of the server process, over `steps` steps of a job after its first few."""
+    job = client.fine_tuning.jobs.create(
+        model="smollm2",
+        training_file=file,
+        adapter={"type": "lora", "r": RANK, "lora_alpha": 16, "target_modules": TARGETS},
+        hyperparameters={
+            "max_steps": steps + WARMUP_STEPS,
+            "batch_size": BATCH,
+            "max_length": LENGTH,
+            "shuffle": False,
+            "learning_rate": 1e-4,
+        },
+        fold=fold,
+        wire={"values": "bf16"},
+    )
+    began = ended = 0.0
+    for event in client.fine_tuning.jobs.stream_events(job.id):
+        if event.type == "metrics" and event.data["step"] == WARMUP_STEPS:
+            began = cpu_seconds(pid)
+        if event.type == "metrics" and event.data["step"] == WARMUP_STEPS + steps:
+            ended = cpu_seconds(pid)
+    done = client.fine_tuning.jobs.wait(job.id)
+    assert done.status == "succeeded", done.error
+    return (ended - began) / steps
+
+
+def plain_rounds(path: str, rounds: int, steps: int) -> None:
+    """The child process for (a) and (b): runs a round of each whenever a line comes in, and prints seconds a step."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    ids = torch.randint(100, 40_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+
+    frozen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    frozen.config.use_cache = False
+    root = torch.zeros((), requires_grad=True)
+    # The gradient has to flow through the whole model although no parameter takes one.
+    frozen.get_input_embeddings().register_forward_hook(lambda _m, _x, out: out + root)
+
+    tuned = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tuned.config.use_cache = False
+    config = LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM")
+    peft = get_peft_model(tuned, config).eval()
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
+
+    def frozen_step() -> None:
+        frozen(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+
+    def peft_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        peft(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        optimizer.step()
+
+    def timed(step: Callable[[], None]) -> float:
+        step()
+        began = time.process_time()
+        for _ in range(steps):
+            step()
+        return (time.process_time() - began) / steps
+
+    for _ in range(WARMUP_STEPS):
+        frozen_step()
+        peft_step()
+    print("ready", flush=True)
+    for _ in range(rounds):
+        sys.stdin.readline()
+        print(json.dumps([timed(frozen_step), timed(peft_step)]), flush=True)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Rounds of the four.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 10,
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path.home() / ".cache" / "cola",
+    plain: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Run the benchmark and write its record."""
+    path = str(converted(cache))
+    if plain:
+        plain_rounds(path, rounds, steps)
+        return
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
+        rows = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(BATCH * 8))
+
+        def start(core: int, *command: str) -> "subprocess.Popen[str]":
+            return subprocess.Popen(
+                ["taskset", "-c", str(core), sys.executable, *command],
+                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                stderr=(root / f"{command[1].rpartition('.')[2]}.log").open("w"),
+            )  # fmt: skip
+
+        children = []
+        try:
+            flags = ["--listen=127.0.0.1:0", f"--data-dir={root / 'server'}", "--device=cpu", "--threads=1"]
+            server = start(0, "-m", "cola_server", f"--model=smollm2={path}", *flags)
+            children.append(server)
+            bound = root / "server" / "address"
+            while not bound.exists():
+                assert server.poll() is None, (root / "cola_server.log").read_text()
+                time.sleep(0.1)
+            address = bound.read_text()
+            children.append(start(1, "-m", "cola_worker", f"--server={address}", f"--data-dir={root / 'worker'}",
+                                  "--threads=1"))  # fmt: skip
+            shape = [f"--rounds={rounds}", f"--steps={steps}", f"--cache={cache}"]
+            other = start(0, "-m", "benchmarks.server_step", "--plain", *shape)
+            children.append(other)
+            assert other.stdin is not None and other.stdout is not None
+            assert other.stdout.readline() == "ready\n", (root / "server_step.log").read_text()
+            seconds: dict[str, list[float]] = {"frozen": [], "peft": [], "unmerged": [], "merged": []}
+            with Client(address) as client:
+                file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
+                for number in range(rounds):
+                    other.stdin.write("go\n")
+                    other.stdin.flush()
+                    frozen, peft = json.loads(other.stdout.readline())
+                    seconds["frozen"].append(frozen)
+                    seconds["peft"].append(peft)
+                    for fold in ("unmerged", "merged"):
+                        seconds[fold].append(server_round(client, server.pid, file.id, steps, fold))
+                    print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in seconds.items()), flush=True)
+                metrics = client.fine_tuning.jobs.metrics(client.fine_tuning.jobs.list().data[0].id)[-1]
+        finally:
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.wait(30)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        f"{name} / peft": statistics.median(a / b for a, b in zip(seconds[name], seconds["peft"], strict=True))
+        for name in ("frozen", "unmerged", "merged")
+    }
+    for name, value in {**medians, **ratios}.items():
+        print(f"{name:18} {value:.3f}")
+    write_record(
+        "server_step",
+        {
+            "what": __doc__.splitlines()[0],
+            "shape": {"batch": BATCH, "length": LENGTH, "rank": RANK, "sites": TARGETS, "values": "bf16"},
+            "cpu_seconds_a_step": seconds,
+            "medians": medians,
+            "ratios": ratios,
+            "sent_bytes_a_step": metrics.sent_bytes,
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,312 @@
+"""The `cola` command: every record in either format, errors in one line, exit codes that scripts can use."""
+
+import io
+import json
+import threading
+import time
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cola_common import __version__, ids
+from cola_common.client import Client
+from cola_common.client.cli import app
+from cola_common.client.watch import watch
+from cola_common.jobs import FileObject, Job, JobStatus
+from tests.support.fake_server import running
+
+
+@pytest.fixture
+def served():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def cola(served, monkeypatch):
+    """Runs a command against the server and returns its result; it must succeed unless told otherwise."""
+    for name in ("COLA_TOKEN_FILE", "COLA_ROOT_CERTIFICATES", "COLA_INSECURE", "COLA_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLA_SERVER", served.address)
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result
+
+    return run
+
+
+@pytest.fixture
+def job(cola):
+    return cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file")).stdout.strip()
+
+
+def as_json(cola, *arguments, code=0):
+    return json.loads(cola(*arguments, "--format", "json", code=code).stdout)
+
+
+def test_files_from_upload_to_deletion(cola, served, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "\xc3\xa9"}\n')
+    file = cola("files", "create", path).stdout.strip()
+    assert ids.valid("file", file)
+    assert FileObject.model_validate(as_json(cola, "files", "retrieve", file)) == served.state.files[file]
+    assert "train.jsonl" in cola("files", "list").stdout
+    assert [found["id"] for found in as_json(cola, "files", "list")] == [file]
+    assert cola("files", "content", file).stdout_bytes == path.read_bytes()
+    cola("files", "content", file, "-o", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+    assert file in cola("files", "delete", file).stdout
+    assert cola("files", "list").stdout == "No files.\n"
+    assert as_json(cola, "files", "list") == []
+
+
+def test_flags_win_over_the_spec_file_and_set_over_both(cola, served, tmp_path):
+    file = ids.new("file")
+    text = f"""
+        model = "tiny"
+        training_file = "{file}"
+        [adapter]
+        type = "lora"
+        r = 2
+        target_modules = ["k_proj"]
+        [hyperparameters]
+        batch_size = 2
+        max_steps = 9
+        """
+    (tmp_path / "job.toml").write_text(text)
+    fields = {
+        "model": "tiny",
+        "training_file": file,
+        "adapter": {"type": "lora", "r": 2, "target_modules": ["k_proj"]},
+        "hyperparameters": {"batch_size": 2, "max_steps": 9},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(fields))
+    flags = ["--r", "16", "--target-modules", "q_proj, v_proj", "--batch-size", "3", "--learning-rate", "0.01"]
+    settings = ["--set", "hyperparameters.batch_size=5", "--set", "wire.values=fp16", "--set", "metadata.team=red"]
+    specs = []
+    for name in ("job.toml", "job.json"):
+        created = as_json(cola, "jobs", "create", tmp_path / name, *flags, *settings)
+        specs.append(Job.model_validate(created).spec)
+        assert served.state.jobs[created["id"]].spec == specs[-1]
+    assert specs[0] == specs[1]
+    spec = specs[0]
+    assert (spec.adapter.type, spec.adapter.target_modules) == ("lora", ("q_proj", "v_proj"))
+    assert spec.adapter.model_dump()["r"] == 16
+    assert (spec.hyperparameters.batch_size, spec.hyperparameters.max_steps) == (5, 9)
+    assert (spec.hyperparameters.learning_rate, spec.wire.values, spec.metadata) == (0.01, "fp16", {"team": "red"})
+
+
+def test_a_path_in_place_of_a_files_id_is_uploaded(cola, served, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"row\n")
+    created = as_json(cola, "jobs", "create", "--model", "tiny", "--training-file", tmp_path / "train.jsonl")
+    (file,) = served.state.files.values()
+    assert created["spec"]["training_file"] == file.id
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--training-file", "none.jsonl", "--model", "tiny"], "training_file: none.jsonl is no file's id"),
+        (["--training-file", "x"], "model: Field required"),
+        (["--model", "tiny", "--training-file", "x", "--set", "nonsense"], "field=value"),
+        (["--model", "tiny", "--training-file", "x", "--set", "seed.x.y=1", "--seed", "1"], "seed is no table"),
+        (["--model", "tiny", "--training-file", "x", "--set", "adapter.q=1"], "adapter.lora.q: no such field"),
+        (["--model", "huge", "--training-file", ids.new("file")], "no model 'huge' here; there is tiny"),
+        (["none.toml"], "none.toml: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_with_a_job_is_one_line_on_stderr_and_nothing_is_made(cola, served, arguments, words):
+    result = cola("jobs", "create", *arguments, code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not served.state.jobs
+    assert not served.state.files
+
+
+def test_a_broken_spec_file_is_told(cola, tmp_path):
+    for name, text in (("job.toml", "= 1"), ("job.json", "{"), ("list.json", "[]")):
+        (tmp_path / name).write_text(text)
+        assert name in cola("jobs", "create", tmp_path / name, code=1).stderr
+
+
+def test_a_job_is_shown_and_steered(cola, served, job):
+    assert cola("jobs", "pause", job).stdout.split("\n")[1].split() == ["status", "paused"]
+    assert as_json(cola, "jobs", "resume", job)["status"] == "queued"
+    assert as_json(cola, "jobs", "list")[0]["id"] == job
+    assert job in cola("jobs", "list").stdout
+    assert Job.model_validate(as_json(cola, "jobs", "retrieve", job)) == served.state.jobs[job]
+    cola("jobs", "cancel", job)
+    assert "cannot become paused" in cola("jobs", "pause", job, code=1).stderr
+
+
+def test_a_list_says_where_to_go_on(cola, job):
+    for _ in range(2):
+        cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file"))
+    found = as_json(cola, "jobs", "list", "--limit", 2)
+    table = cola("jobs", "list", "--limit", 2).stdout
+    assert f"--after {found[-1]['id']}" in table
+    rest = as_json(cola, "jobs", "list", "--after", found[-1]["id"])
+    assert len({record["id"] for record in found + rest}) == 3
+    assert "--after" not in cola("jobs", "list").stdout
+
+
+def test_metrics_events_and_checkpoints_in_both_formats(cola, served, job, tmp_path):
+    assert cola("jobs", "metrics", job).stdout == "No steps yet.\n"
+    given = [served.state.step(job) for _ in range(12)]
+    checkpoint = served.state.checkpoint(job, {"adapter_config.json": b"{}"})
+    assert as_json(cola, "jobs", "metrics", job) == [record.model_dump() for record in given]
+    assert [m["step"] for m in as_json(cola, "jobs", "metrics", job, "--last", 2)] == [11, 12]
+    assert [m["step"] for m in as_json(cola, "jobs", "metrics", job, "--after-step", 10)] == [11, 12]
+    rows = cola("jobs", "metrics", job).stdout.splitlines()
+    assert rows[0].split()[:2] == ["step", "loss"]
+    assert [row.split()[0] for row in rows[1:]] == [str(record.step) for record in given]
+    assert [event["id"] for event in as_json(cola, "jobs", "events", job, "--after", 3, "--limit", 2)] == [4, 5]
+    assert "Step 12: training loss" in cola("jobs", "events", job).stdout
+    assert as_json(cola, "checkpoints", "list", job)[0]["id"] == checkpoint.id
+    assert checkpoint.id in cola("checkpoints", "list", job).stdout
+    cola("checkpoints", "download", checkpoint.id, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == b"{}"
+    assert "not empty" in cola("checkpoints", "download", checkpoint.id, "-o", tmp_path / "out", code=1).stderr
+    cola("jobs", "plot", job, "-o", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_and_workers_in_both_formats(cola, served):
+    assert [model["id"] for model in as_json(cola, "models", "list")] == ["tiny"]
+    assert "135M" in cola("models", "list").stdout
+    assert [worker["status"] for worker in as_json(cola, "workers", "list")] == ["attending", "lost"]
+    assert served.state.workers[0].id in cola("workers", "list").stdout
+    served.state.workers.clear()
+    assert cola("workers", "list").stdout == "No workers.\n"
+
+
+# --- following -------------------------------------------------------------------------------------------------------
+
+
+class Player(threading.Thread):
+    """Runs a job's steps while a command follows it."""
+
+    def __init__(self, served, job, *, fails=False, steps=30):
+        super().__init__()
+        self._served, self._job, self._fails, self._steps = served, job, fails, steps
+        self.start()
+
+    def run(self):
+        state = self._served.state
+        state.become(self._job, JobStatus.RUNNING)
+        for _ in range(self._steps):
+            state.step(self._job, seconds=1.0)
+            time.sleep(0.003)
+        if self._fails:
+            state.fail(self._job)
+        else:
+            state.become(self._job, JobStatus.SUCCEEDED)
+
+
+@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize("command", ["watch", "wait"])
+def test_following_a_job_ends_with_it_and_tells_by_the_exit_code(cola, served, job, command, fails, code):
+    player = Player(served, job, fails=fails)
+    text = cola("jobs", command, job, code=code).stdout
+    player.join()
+    assert ("failed" if fails else "succeeded") in text
+    assert ("the loss of step 7 is not finite" in text) == fails
+    assert "30/200" in text
+
+
+def test_watching_in_lines_tells_events_and_progress_now_and_then(cola, served, job):
+    player = Player(served, job)
+    lines = cola("jobs", "watch", job).stdout.splitlines()
+    player.join()
+    assert any(line.endswith("The job is running.") for line in lines)
+    progress = [line for line in lines if " tokens/s  " in line and " left" in line and line[2] == ":"]
+    assert 2 <= len(progress) <= 5  # 30 steps of a second each, a line in ten seconds
+    assert any(line.startswith("Where a step's time goes") for line in lines)
+
+
+def test_following_in_json_gives_one_event_a_line(cola, served, job):
+    player = Player(served, job)
+    lines = cola("jobs", "watch", job, "--format", "json").stdout.splitlines()
+    player.join()
+    events = [event.model_dump(mode="json") for event in served.state.events[job]]
+    assert [json.loads(line) for line in lines] == events
+    assert [json.loads(line) for line in cola("jobs", "events", job, "-f", "--format", "json").stdout.splitlines()] == (
+        events
+    )
+
+
+def test_watching_on_a_terminal_redraws_one_picture(served, cola, job):
+    served.state.event(job, "A warning.", level="warn")
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    player = Player(served, job)
+    with Client(served.address) as client:
+        ended = watch(client, job, console)
+    player.join()
+    text = console.file.getvalue()
+    assert ended == served.state.jobs[job]
+    assert text.count("A warning.") == 1
+    assert "\x1b[1A" in text  # the cursor went up, to draw over what was there
+    assert "step 30/200" in text
+    assert f"cola checkpoints list {job}" in text
+
+
+def test_create_with_watch_shows_the_job_until_it_ends(cola, served):
+    players = []
+
+    def play():
+        while not served.state.jobs:
+            time.sleep(0.005)
+        players.append(Player(served, next(iter(served.state.jobs))))
+
+    starter = threading.Thread(target=play)
+    starter.start()
+    result = cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file"), "--watch")
+    starter.join()
+    players[0].join()
+    assert result.stdout.startswith(f"Job {next(iter(served.state.jobs))}\n")
+    assert "succeeded" in result.stdout
+
+
+def test_waiting_is_bounded(cola, job):
+    assert "has not ended after 0.1 s" in cola("jobs", "wait", job, "--timeout", "0.1", code=1).stderr
+
+
+# --- reaching a server -----------------------------------------------------------------------------------------------
+
+
+def test_the_token_comes_from_a_file(cola, tmp_path, monkeypatch):
+    with running(token="secret") as guarded:
+        monkeypatch.setenv("COLA_SERVER", guarded.address)
+        assert "a valid token is needed" in cola("models", "list", code=1).stderr
+        (tmp_path / "token").write_text("secret\n")
+        assert "tiny" in cola("models", "list", "--token-file", tmp_path / "token").stdout
+        monkeypatch.setenv("COLA_TOKEN_FILE", str(tmp_path / "token"))
+        assert "tiny" in cola("models", "list").stdout
+        (tmp_path / "empty").write_text("\n")
+        assert "empty" in cola("models", "list", "--token-file", tmp_path / "empty", code=1).stderr
+        assert "No such file" in cola("models", "list", "--token-file", tmp_path / "none", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [("nonsense", "is not HOST:PORT"), ("192.0.2.1:1", "is not loopback"), ("127.0.0.1:1", "cannot be reached")],
+)
+def test_a_server_that_cannot_be_called_is_one_line(cola, server, words):
+    result = cola("jobs", "list", "--server", server, code=1)
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("group", [[], ["files"], ["jobs"], ["checkpoints"], ["models"], ["workers"], ["demo"]])
+def test_every_group_has_help(cola, group):
+    assert "Usage" in cola(*group, "--help").stdout
+
+
+def test_the_version_is_the_packages(cola):
+    assert cola("--version").stdout.strip() == __version__
