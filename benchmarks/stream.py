@@ -26,7 +26,7 @@ from typing import Any
 import grpc
 import torch
 
-from cola_common.messages import Capture, Credit, Part, ToServer, ToWorker
+from cola_common.messages import Capture, Credit, EncodedTensor, Part, ToServer, ToWorker
 from cola_common.rpc import malloc
 from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import Duplex
@@ -38,24 +38,35 @@ RECORDS = Path(__file__).parent / "records"
 TARGET = 0.8
 
 ROUNDS = 15
-ROUND_BYTES = 512 << 20
+REPEATS = 8  # a round sends its bytes, more than caches hold, as often as this
 CODEC = "bf16"
-# Bytes of one tensor, x or g, and how many of them make a capture.
-SHAPES = {"packed small sites": (32 << 10, 8), "1 MiB": (512 << 10, 2), "16 MiB": (8 << 20, 2)}
-WIDTH = 512
+FRAME_BYTES = 1 << 20  # small tensors share a capture until it is that long
+# For each case: rows of a batch, layers that are told apart, and the widths of a layer's x and g in the order of the
+# backward pass.
+CASES = {
+    "SmolLM2-135M, all linears, 512 rows": (
+        512, 8, (1536, 576, 576, 1536, 1536, 576, 576, 576, 576, 192, 192),
+    ),
+    "d=4096, q and v, 2048 rows": (2048, 2, (4096, 4096, 4096)),
+}  # fmt: skip
 
 
-def captures(tensor_bytes: int, tensors: int) -> list[Capture]:
-    """A round's captures; a few tensors are sent again and again, too many for the cache."""
-    rows = tensor_bytes // 2 // WIDTH
-    capture_bytes = tensor_bytes * tensors
-    distinct = max(2, (64 << 20) // capture_bytes)
-    parts = tuple(Part("xg"[index % 2], index, 0) for index in range(tensors))
-    made = [
-        Capture("job", 1, batch, parts, tuple(encode(torch.randn(rows, WIDTH), CODEC) for _ in parts))
-        for batch in range(distinct)
-    ]
-    return [made[number % distinct] for number in range(ROUND_BYTES // capture_bytes)]
+def captures(rows: int, layers: int, widths: tuple[int, ...]) -> list[Capture]:
+    """A round's captures, without its repeats."""
+    made: list[Capture] = []
+    frame: list[EncodedTensor] = []
+    for width in widths * layers:
+        frame.append(encode(torch.randn(rows, width), CODEC))
+        if sum(tensor.nbytes for tensor in frame) >= FRAME_BYTES:
+            made.append(Capture("job", 1, 0, (Part("g", 0, 0),) * len(frame), tuple(frame)))
+            frame = []
+    return [*made, Capture("job", 1, 0, (Part("g", 0, 0),) * len(frame), tuple(frame))]
+
+
+def chunks(captures: list[Capture]) -> list[bytes]:
+    """The same bytes as bare gRPC's messages."""
+    joined = b"".join(tensor.data for capture in captures for tensor in capture.tensors)
+    return [joined[start : start + CHUNK_BYTES] for start in range(0, len(joined), CHUNK_BYTES)]
 
 
 # --- the worker's process -------------------------------------------------------------------------------------------
@@ -70,15 +81,15 @@ def worker(address: str, orders: Connection) -> None:
         async with connect(address) as channel:
             loop = asyncio.get_running_loop()
             while (order := await loop.run_in_executor(None, orders.recv)) is not None:
-                await (receive_bare(channel) if order == "bare" else receive_captures(channel))
+                way, size = order
+                await (receive_bare if way == "bare" else receive_captures)(channel, size)
 
     asyncio.run(main())
 
 
-async def receive_bare(channel: grpc.aio.Channel) -> None:
+async def receive_bare(channel: grpc.aio.Channel, missing: int) -> None:
     call: Any = channel.stream_stream("/bare/Attend")()
     await call.write(b"ready")
-    missing = ROUND_BYTES
     while missing:
         missing -= len(await call.read())
     await call.write(b"done")
@@ -86,7 +97,7 @@ async def receive_bare(channel: grpc.aio.Channel) -> None:
     await call.read()
 
 
-async def receive_captures(channel: grpc.aio.Channel) -> None:
+async def receive_captures(channel: grpc.aio.Channel, missing: int) -> None:
     duplex = attend(channel)
     await duplex.send(Credit("job", 1, 0, 0))
     loop = asyncio.get_running_loop()
@@ -101,7 +112,6 @@ async def receive_captures(channel: grpc.aio.Channel) -> None:
 
     thread = threading.Thread(target=decoder)
     thread.start()
-    missing = ROUND_BYTES
     while missing:
         await room.acquire()
         capture = await duplex.receive()
@@ -110,7 +120,7 @@ async def receive_captures(channel: grpc.aio.Channel) -> None:
         missing -= sum(tensor.nbytes for tensor in capture.tensors)
     received.put(None)
     await loop.run_in_executor(None, thread.join)
-    await duplex.send(Credit("job", 1, 0, ROUND_BYTES))
+    await duplex.send(Credit("job", 1, 0, 0))
     await duplex.goodbye("done")
 
 
@@ -118,17 +128,17 @@ async def receive_captures(channel: grpc.aio.Channel) -> None:
 
 
 class Rounds:
-    """Sends rounds and notes how long each took, from the first byte's sending until the worker said that it has all."""
+    """Sends rounds and notes how long each took, from the first write until the worker says that it has all."""
 
     def __init__(self) -> None:
         self.captures: list[Capture] = []
+        self.chunks: list[bytes] = []
         self.seconds: asyncio.Queue[float] = asyncio.Queue()
 
     async def bare(self, _requests: Any, context: Context) -> None:
-        chunk = bytes(CHUNK_BYTES)
         await context.read()
         start = time.perf_counter()
-        for _ in range(ROUND_BYTES // CHUNK_BYTES):
+        for chunk in self.chunks * REPEATS:
             await context.write(chunk)
         await context.read()
         self.seconds.put_nowait(time.perf_counter() - start)
@@ -136,7 +146,7 @@ class Rounds:
     async def ours(self, duplex: Duplex[ToWorker, ToServer], _context: Context) -> None:
         await duplex.receive()
         start = time.perf_counter()
-        for capture in self.captures:
+        for capture in self.captures * REPEATS:
             await duplex.send(capture)
         await duplex.receive()
         self.seconds.put_nowait(time.perf_counter() - start)
@@ -157,20 +167,22 @@ async def serving(rounds: Rounds) -> AsyncIterator[str]:
 
 
 async def measure() -> dict[str, dict[str, float]]:
-    """For each shape: the medians of MB/s both ways, and of the rounds' ratios."""
+    """For each case: the medians of MB/s both ways, and of the rounds' ratios."""
     rounds = Rounds()
     results: dict[str, dict[str, float]] = {}
     orders, far_end = multiprocessing.Pipe()
     async with serving(rounds) as address:
         process = multiprocessing.get_context("spawn").Process(target=worker, args=(address, far_end))
         process.start()
-        for name, shape in SHAPES.items():
-            rounds.captures = captures(*shape)
+        for name, case in CASES.items():
+            rounds.captures = captures(*case)
+            rounds.chunks = chunks(rounds.captures)
+            size = REPEATS * sum(map(len, rounds.chunks))
             speeds: dict[str, list[float]] = {"bare": [], "captures": []}
             for _ in range(ROUNDS + 1):
                 for way, measured in speeds.items():
-                    orders.send(way)
-                    measured.append(ROUND_BYTES / await rounds.seconds.get() / 1e6)
+                    orders.send((way, size))
+                    measured.append(size / await rounds.seconds.get() / 1e6)
             pairs = list(zip(*speeds.values(), strict=True))[1:]  # the first warms up
             results[name] = {
                 "bare_mb_per_second": round(statistics.median(bare for bare, _ in pairs)),
@@ -205,7 +217,7 @@ def main() -> int:
         "benchmark": "stream",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "settings": {"rounds": ROUNDS, "round_bytes": ROUND_BYTES, "codec": CODEC, "chunk_bytes": CHUNK_BYTES},
+        "settings": {"rounds": ROUNDS, "codec": CODEC, "frame_bytes": FRAME_BYTES, "chunk_bytes": CHUNK_BYTES},
         "target_ratio": TARGET,
         "results": results,
     }

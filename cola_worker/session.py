@@ -71,12 +71,16 @@ class Session:
             self._duplex.close()
 
     async def _enter(self) -> Welcome:
+        # Beside each other: a server that refuses the stream may do so before it reads, and says why to who receives.
+        sending = asyncio.create_task(self._duplex.send(self._hello))
         try:
             async with asyncio.timeout(WELCOME_SECONDS):
-                await self._duplex.send(self._hello)
                 welcome = await self._duplex.receive()
         except TimeoutError:
             raise violation(f"no Welcome within {WELCOME_SECONDS:g} seconds") from None
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
         if not isinstance(welcome, Welcome):
             raise violation(f"{type(welcome).__name__} in place of a Welcome")
         self.welcomed = True

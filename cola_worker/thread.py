@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from cola_common.messages import ToServer, payload
+from cola_common.messages import Revoke, ToServer, payload
 from cola_worker.trainer import ToTrainer, Trainer
 
 
@@ -49,12 +49,17 @@ class TrainerThread:
         self._queue.put(message)
 
     async def stop(self, seconds: float) -> bool:
-        """Lets the message that is worked on end, forgets those that wait, and keeps the jobs' state on disk.
+        """Lets the message that is worked on end, and keeps the jobs' state on disk. Of the messages that wait only what
+        takes jobs away is still followed: there is nobody left to answer to.
 
         Returns: whether that took no longer than `seconds`.
         """
+        waiting = []
         while not self._queue.empty():
-            self._queue.get_nowait()
+            waiting.append(self._queue.get_nowait())
+        for message in waiting:
+            if isinstance(message, Revoke):
+                self._queue.put(message)
         self._queue.put(None)
         await asyncio.wait({self.ended}, timeout=seconds)
         return self.ended.done()

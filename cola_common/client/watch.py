@@ -26,7 +26,7 @@ def watch(client: Client, job_id: str, console: Console) -> Job:
     for event in past:
         _tell(event, console)
     events = _updates(client, view, past[-1].id if past else 0)
-    if console.is_terminal:
+    if console.is_terminal and not console.is_dumb_terminal:
         with Live(view, console=console, refresh_per_second=4):
             for event in events:
                 _tell(event, console)

@@ -118,17 +118,22 @@ class JobService:
 
     def cancel(self, id: str) -> Job:
         """Ends a job; a step under way is not waited for. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
-        return self._move(id, JobStatus.CANCELLED, self._scheduler.cancel, "Cancelled.")
+        return self._stop(id, JobStatus.CANCELLED, "Cancelled.", self._scheduler.cancel)
 
     def pause(self, id: str) -> Job:
         """Holds a job. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
-        return self._move(id, JobStatus.PAUSED, self._scheduler.pause, "Paused.")
+        return self._stop(id, JobStatus.PAUSED, "Paused.", self._scheduler.pause)
 
     def resume(self, id: str) -> Job:
         """Puts a paused job back into the queue. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
-        if (job := self._store.job(id)).status == JobStatus.RUNNING:
+        try:
+            job = self._store.transition(id, JobStatus.QUEUED, source=JobStatus.PAUSED, event="Resumed.")
+        except ColaError:
+            if (job := self._store.job(id)).status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+                raise
             return job
-        return self._move(id, JobStatus.QUEUED, self._scheduler.resume, "Resumed.")
+        self._scheduler.resume(id)
+        return job
 
     def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]:
         """As `JobStore.events`."""
@@ -184,10 +189,13 @@ class JobService:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _move(self, id: str, status: JobStatus, tell: Callable[[str], None], event: str) -> Job:
-        if (job := self._store.job(id)).status == status:
+    def _stop(self, id: str, status: JobStatus, event: str, tell: Callable[[str], None]) -> Job:
+        try:
+            job = self._store.transition(id, status, event=event)
+        except ColaError:
+            if (job := self._store.job(id)).status != status:
+                raise
             return job
-        job = self._store.transition(id, status, event=event)
         tell(id)
         return job
 

@@ -122,18 +122,21 @@ class JobStore:
         id: str,
         status: JobStatus,
         *,
+        source: JobStatus | None = None,
         error: JobFailure | None = None,
         fine_tuned_model: str | None = None,
         event: str | None = None,
         level: Level = "info",
     ) -> Job:
-        """Moves a job to `status`; `event`, if given, is told with it in the same commit.
+        """Moves a job to `status`, from `source` alone if that is given. An `event` is told in the same commit.
 
         Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`.
         """
         with self._writing() as session:
             row = rows.find_job(session, id, lock=True)
             check_transition(id, JobStatus(row.status), status)
+            if source is not None and row.status != source.value:
+                raise ColaError(Reason.ILLEGAL_TRANSITION, job=id, status=row.status, wanted=status)
             now = time.time()
             row.status = status.value
             if status == JobStatus.RUNNING:

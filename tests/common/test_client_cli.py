@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from cola_common import __version__, ids
 from cola_common.client import Client
 from cola_common.client.cli import app
+from cola_common.client.connection import PATIENCE_SECONDS
+from cola_common.client.sync import Models
 from cola_common.client.watch import watch
 from cola_common.jobs import FileObject, Job, JobStatus
 from tests.support.fake_server import running
@@ -190,29 +192,32 @@ def test_models_and_workers_in_both_formats(cola, served):
 
 
 class Player(threading.Thread):
-    """Runs a job's steps while a command follows it."""
+    """Runs a job's steps from the moment in which a command follows it."""
 
-    def __init__(self, served, job, *, fails=False, steps=30):
+    def __init__(self, served, *, fails=False, steps=30):
         super().__init__()
-        self._served, self._job, self._fails, self._steps = served, job, fails, steps
+        self._state, self._fails, self._steps = served.state, fails, steps
         self.start()
 
     def run(self):
-        state = self._served.state
-        state.become(self._job, JobStatus.RUNNING)
+        state = self._state
+        while not state.calls["Jobs.StreamEvents"]:
+            time.sleep(0.005)
+        (job,) = state.jobs
+        state.become(job, JobStatus.RUNNING)
         for _ in range(self._steps):
-            state.step(self._job, seconds=1.0)
+            state.step(job, seconds=1.0)
             time.sleep(0.003)
         if self._fails:
-            state.fail(self._job)
+            state.fail(job)
         else:
-            state.become(self._job, JobStatus.SUCCEEDED)
+            state.become(job, JobStatus.SUCCEEDED)
 
 
 @pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
 @pytest.mark.parametrize("command", ["watch", "wait"])
 def test_following_a_job_ends_with_it_and_tells_by_the_exit_code(cola, served, job, command, fails, code):
-    player = Player(served, job, fails=fails)
+    player = Player(served, fails=fails)
     text = cola("jobs", command, job, code=code).stdout
     player.join()
     assert ("failed" if fails else "succeeded") in text
@@ -221,7 +226,7 @@ def test_following_a_job_ends_with_it_and_tells_by_the_exit_code(cola, served, j
 
 
 def test_watching_in_lines_tells_events_and_progress_now_and_then(cola, served, job):
-    player = Player(served, job)
+    player = Player(served)
     lines = cola("jobs", "watch", job).stdout.splitlines()
     player.join()
     assert any(line.endswith("The job is running.") for line in lines)
@@ -231,7 +236,7 @@ def test_watching_in_lines_tells_events_and_progress_now_and_then(cola, served, 
 
 
 def test_following_in_json_gives_one_event_a_line(cola, served, job):
-    player = Player(served, job)
+    player = Player(served)
     lines = cola("jobs", "watch", job, "--format", "json").stdout.splitlines()
     player.join()
     events = [event.model_dump(mode="json") for event in served.state.events[job]]
@@ -241,10 +246,11 @@ def test_following_in_json_gives_one_event_a_line(cola, served, job):
     )
 
 
-def test_watching_on_a_terminal_redraws_one_picture(served, cola, job):
+def test_watching_on_a_terminal_redraws_one_picture(served, cola, job, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
     served.state.event(job, "A warning.", level="warn")
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    player = Player(served, job)
+    player = Player(served)
     with Client(served.address) as client:
         ended = watch(client, job, console)
     player.join()
@@ -257,18 +263,9 @@ def test_watching_on_a_terminal_redraws_one_picture(served, cola, job):
 
 
 def test_create_with_watch_shows_the_job_until_it_ends(cola, served):
-    players = []
-
-    def play():
-        while not served.state.jobs:
-            time.sleep(0.005)
-        players.append(Player(served, next(iter(served.state.jobs))))
-
-    starter = threading.Thread(target=play)
-    starter.start()
+    player = Player(served)
     result = cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file"), "--watch")
-    starter.join()
-    players[0].join()
+    player.join()
     assert result.stdout.startswith(f"Job {next(iter(served.state.jobs))}\n")
     assert "succeeded" in result.stdout
 
@@ -298,9 +295,19 @@ def test_the_token_comes_from_a_file(cola, tmp_path, monkeypatch):
     [("nonsense", "is not HOST:PORT"), ("192.0.2.1:1", "is not loopback"), ("127.0.0.1:1", "cannot be reached")],
 )
 def test_a_server_that_cannot_be_called_is_one_line(cola, server, words):
+    began = time.monotonic()
     result = cola("jobs", "list", "--server", server, code=1)
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+    assert time.monotonic() - began < PATIENCE_SECONDS + 10
+
+
+def test_an_interrupt_ends_a_command_as_shells_expect(cola, monkeypatch):
+    def interrupted(_models):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Models, "list", interrupted)
+    assert cola("models", "list", code=130).output == ""
 
 
 @pytest.mark.parametrize("group", [[], ["files"], ["jobs"], ["checkpoints"], ["models"], ["workers"], ["demo"]])

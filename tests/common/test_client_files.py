@@ -1,4 +1,4 @@
-"""Files through the SDK: what is sent is what the server holds, whatever it came from and whatever breaks on the way."""
+"""Files through the SDK: what is sent is what the server holds, whatever it came from and whatever breaks."""
 
 import io
 import json

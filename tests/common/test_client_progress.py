@@ -152,8 +152,9 @@ def test_quantities_read_as_people_write_them(text, expected):
 # --- the plot --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 10, 300])
-@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("count", "suffix", "magic"), [(1, "svg", b"<?xml"), (10, "pdf", b"%PDF"), (300, "png", b"\x89PNG")]
+)
 def test_a_plot_is_a_picture_of_the_format_that_its_name_says(tmp_path, count, suffix, magic):
     path = tmp_path / f"loss.{suffix}"
     plot(records(count, valid_loss=1.5), "tiny", path)

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_call_that_waits_ends_when_the_client_is_closed(served):
     waiting = threading.Thread(target=wait)
     waiting.start()
     while not served.state.calls["Jobs.StreamEvents"]:
-        pass
+        time.sleep(0.005)
     client.close()
     waiting.join(10)
     assert not waiting.is_alive()
@@ -160,7 +161,8 @@ def test_a_client_that_is_dropped_takes_its_thread_along(served):
 
 def test_a_script_that_never_closes_its_client_ends_quietly(served):
     script = f"from cola_common.client import Client; c = Client({served.address!r}); print(c.models.list().data[0].id)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "tiny\n", "")
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from cola_common.errors import ColaError, Reason
-from cola_server.jobs import Artefacts, JobStore, Limits, Upload
+from cola_server.jobs import Artefacts, Limits, Upload
+from tests.support.databases import new_store
 
 LINE = b'{"text": "a"}\n'
 PEFT = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
@@ -25,7 +26,7 @@ OWN = {"cola_adapter.json": b"{}", "cola_adapter.safetensors": b"weights"}
 
 @pytest.fixture
 def store(tmp_path):
-    store = JobStore(f"sqlite:///{tmp_path / 'cola.db'}", create=True)
+    store = new_store(tmp_path)
     yield store
     store.close()
 

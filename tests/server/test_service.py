@@ -3,12 +3,14 @@
 import io
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Checkpoint, JobSpec, JobStatus, ModelCard
 from cola_server.jobs import Artefacts, JobService, JobStore
+from tests.support.databases import new_store, url_of
 
 TEXTS = [{"text": "a"}, {"text": "b"}]
 LABELLED = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
@@ -65,7 +67,7 @@ class Server:
     def __init__(self, folder):
         self.artefacts = Artefacts(folder / "data")
         try:
-            self.store = JobStore(f"sqlite:///{folder / 'cola.db'}", create=not self.artefacts.ids())
+            self.store = JobStore(url_of(folder), create=not self.artefacts.ids())
         except ColaError:
             self.artefacts.close()
             raise
@@ -97,6 +99,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path):
+    new_store(tmp_path).close()
     server = Server(tmp_path)
     yield server
     server.stop()
@@ -247,6 +250,15 @@ def test_a_status_is_committed_then_told_and_repeats_are_no_error(server, call, 
         assert getattr(server.service, call)(job).status == status
     assert server.scheduler.told == [(call, job, status)]
     assert [event.message for event in server.service.events(job)] == [event]
+
+
+@pytest.mark.parametrize("call", ["cancel", "pause"])
+def test_of_calls_at_once_one_is_told(server, call):
+    job = server.running()
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(getattr(server.service, call), [job] * 8))
+    assert len({answer.status for answer in answers}) == 1
+    assert len(server.scheduler.told) == 1
 
 
 def test_a_paused_job_resumes_into_the_queue(server):

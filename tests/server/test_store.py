@@ -25,16 +25,17 @@ from cola_common.jobs import (
 from cola_server.jobs import JobStore
 from cola_server.jobs.database import Database
 from cola_server.jobs.tables import Table
+from tests.support.databases import new_store, url_of
 
 
 @pytest.fixture
 def url(tmp_path):
-    return f"sqlite:///{tmp_path / 'cola.db'}"
+    return url_of(tmp_path)
 
 
 @pytest.fixture
-def store(url):
-    store = JobStore(url, create=True)
+def store(tmp_path):
+    store = new_store(tmp_path)
     yield store
     store.close()
 
@@ -183,6 +184,18 @@ def test_a_status_moves_along_legal_transitions_only(store, status, wanted):
         assert reason(error) == Reason.ILLEGAL_TRANSITION
         assert store.job(job.id) == job
         assert store.events(job.id) == []
+
+
+@pytest.mark.parametrize("status", [s for s in JobStatus if JobStatus.QUEUED in TRANSITIONS[s]])
+def test_a_source_may_be_asked_for(store, status):
+    job = walk_to(store, status)
+    if status == JobStatus.PAUSED:
+        assert store.transition(job.id, JobStatus.QUEUED, source=JobStatus.PAUSED).status == JobStatus.QUEUED
+    else:
+        with pytest.raises(ColaError) as error:
+            store.transition(job.id, JobStatus.QUEUED, source=JobStatus.PAUSED)
+        assert reason(error) == Reason.ILLEGAL_TRANSITION
+        assert store.job(job.id) == job
 
 
 def test_of_many_threads_one_ends_a_job(store):

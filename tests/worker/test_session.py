@@ -335,6 +335,36 @@ async def test_a_backlog_slows_its_sender_down(driver: Driver, tmp_path: Path) -
     assert await thread.stop(5)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+async def test_a_revocation_just_before_the_end_is_followed(
+    keep: bool, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the trainer is behind and has not come to it when the stream ends."""
+    go_on = threading.Event()
+    handle = Trainer.handle
+
+    def slow(trainer: Trainer, message: ToTrainer) -> list[ToServer]:
+        go_on.wait(10)
+        return handle(trainer, message)
+
+    async def script(stream: Stream) -> None:
+        await welcome(stream)
+        await stream.send(driver.assignment())
+        while (await until(stream, Heartbeat)).busy_seconds == 0:
+            pass
+        for capture in driver.captures(random_batch(driver.plans, 0)):
+            await stream.send(capture)
+        await stream.send(Revoke(driver.job, 1, "cancelled", keep=keep))
+        await stream.goodbye("the server stops")
+        asyncio.get_running_loop().call_later(0.2, go_on.set)
+
+    monkeypatch.setattr(Trainer, "handle", slow)
+    driver.trainers = ()
+    async with serving(script) as address:
+        await attend(address, tmp_path / "worker")
+    assert len(Shards(tmp_path / "worker").owned()) == (len(driver.plans) if keep else 0)
+
+
 def test_nothing_here_waits_for_long() -> None:
     """What an orchestrator gives a process between SIGTERM and SIGKILL is 30 s."""
     assert module.DRAIN_SECONDS + module.GOODBYE_SECONDS + module.STOP_SECONDS < 30

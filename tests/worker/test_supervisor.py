@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cola_common.errors import CATALOGUE, ColaError, Reason
-from cola_common.messages import PROTOCOL, Capacity, Drain, Draining, Hello, Revoke, ToServer, ToWorker
+from cola_common.messages import PROTOCOL, Capacity, Drain, Draining, Heartbeat, Hello, Revoke, ToServer, ToWorker
 from cola_common.rpc.duplex import Duplex
 from cola_common.tensor import CODECS
 from cola_worker import supervisor as module
@@ -94,6 +94,8 @@ async def test_what_was_kept_is_offered_in_the_next_life(tmp_path: Path) -> None
     async def first(stream: Stream) -> None:
         hellos.append(await welcome(stream))
         await stream.send(driver.assignment())
+        while (await until(stream, Heartbeat)).progress == 0:
+            pass
         await stream.send(Revoke(driver.job, 1, "paused", keep=True))
         await stream.goodbye("the server stops")
 
