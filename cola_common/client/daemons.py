@@ -114,5 +114,5 @@ class Daemons:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         code = self._running[name].poll()
         state = f"did not serve within {START_SECONDS:g} s" if code is None else f"ended with status {code}"
-        problem = "\n".join([f"the {name} {state}; the end of {self._log(name)}:", *lines])
+        problem = "\n".join([f"{name} {state}; the end of {self._log(name)}:", *lines])
         return ColaError(Reason.INTERNAL, problem=problem)

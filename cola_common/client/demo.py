@@ -7,6 +7,7 @@ checking the adapter with PEFT) runs as `python -m cola_server.demo`.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def demo(
     ] = None,
 ) -> None:
     """Fine-tune a small model through one server and some workers on this machine, and check the adapter with PEFT."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does, these too must end the daemons
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     console = Console()
     report = run(console, model=model, steps=steps, workers=workers, output=output, cache=cache or _default_cache())
     show(console, report, output)

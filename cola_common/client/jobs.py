@@ -146,7 +146,7 @@ class AsyncJobs:
             try:
                 async with aclosing(self._connection.stream(self._stub.StreamEvents, request)) as events:
                     async for event in events:
-                        pass
+                        after = event.id
                         yield event_from_wire(event)
                 whole = True
             except ColaError as error:

@@ -6,14 +6,14 @@ import sys
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
 
 # By default each large buffer is mapped when it is taken and unmapped when it is freed, so that every page of it faults
-# again: that made streams of 1 MiB messages 3.5 times slower. With these, buffers up to 32 MiB (the most that glibc
-# allows) come from the heap, and the heap keeps what it was given until 256 MiB of it lie free.
+# again: that made streams of 1 MiB messages 3.5 times slower, and took more time than all else where tensors are 32 MiB.
+# With these, buffers of any size come from the heap, and the heap keeps what it was given until 512 MiB of it lie free.
 _SETTINGS = {
-    _M_MMAP_THRESHOLD: 32 << 20,
-    _M_TRIM_THRESHOLD: 256 << 20,
+    _M_MMAP_MAX: 0,
+    _M_TRIM_THRESHOLD: 512 << 20,
     _M_TOP_PAD: 16 << 20,
 }
 

@@ -34,10 +34,11 @@ class Candidate:
 def place(shards: Sequence[ShardLoad], candidates: Sequence[Candidate], parts: int = 1) -> Mapping[int, str] | None:
     """Shard number -> worker, or None where the candidates cannot carry the job (or are fewer than `parts`).
 
-    Order of preference for a worker: owns more of the job, has less load for its speed, name (so that the same fleet
-    always gives the same answer). `parts` > 1 deals the input groups out to that many workers in turn.
+    Order of preference for a worker: owns more of the job, would have less load for its speed, name (so that the same
+    fleet always gives the same answer). `parts` > 1 deals the input groups out to that many workers in turn.
     """
-    ranked = sorted(candidates, key=lambda c: (-len(c.owned), c.load / max(c.gflops, 1e-9), c.worker))
+    job = sum(s.parameter_bytes for s in shards)
+    ranked = sorted(candidates, key=lambda c: (-len(c.owned), (c.load + job) / max(c.gflops, 1e-9), c.worker))
     groups: dict[int, list[ShardLoad]] = {}
     for shard in shards:
         groups.setdefault(shard.group, []).append(shard)

@@ -304,8 +304,9 @@ class Attempt:
         await self._unmerge(merging)
         await self._records.tell(f"Paused; {self._trained_tokens} tokens so far.")
         await self._turn.again()
+        while not await self._records.running():
+            await self._turn.again()
         await self._merge(merging)
-        await self._records.running()
 
     async def _merge(self, merging: Merging | None) -> None:
         if merging is not None:

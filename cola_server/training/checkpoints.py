@@ -41,5 +41,7 @@ def write_checkpoint(
         metrics=losses,
         digest=digest,
     )
-    services.store.add_checkpoint(record)
-    return record
+    kept = services.store.add_checkpoint(record)
+    if kept.id != id:  # the job came to this step before, under an earlier epoch
+        services.artefacts.remove(id)
+    return kept

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Literal
 
-from cola_common.errors import ColaError
+from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Job, JobFailure, JobStatus, StepMetrics
 from cola_server.jobs import JobStore
 
@@ -26,19 +26,21 @@ class Records:
         def write() -> None:
             self._store.set_total_steps(self._job, total_steps)
             if self._store.job(self._job).status == JobStatus.VALIDATING_FILES:
-                self._store.transition(self._job, JobStatus.QUEUED)
-                self._store.add_event(self._job, f"Files validated: {examples} examples, {total_steps} steps. Queued.")
+                text = f"Files validated: {examples} examples, {total_steps} steps. Queued."
+                self._store.transition(self._job, JobStatus.QUEUED, event=text)
 
         await asyncio.to_thread(write)
 
-    async def running(self) -> None:
-        """The job has its turn."""
-
-        def write() -> None:
-            self._store.transition(self._job, JobStatus.RUNNING)
-            self._store.add_event(self._job, "Running.", type="status")
-
-        await asyncio.to_thread(write)
+    async def running(self) -> bool:
+        """The job has its turn. Returns: False where its user has just paused or cancelled it."""
+        move = self._store.transition
+        try:
+            await asyncio.to_thread(move, self._job, JobStatus.RUNNING, source=JobStatus.QUEUED, event="Running.")
+        except ColaError as error:
+            if error.reason != Reason.ILLEGAL_TRANSITION:
+                raise
+            return False
+        return True
 
     async def begin_epoch(self) -> int:
         """A new epoch, committed before anything is assigned under it."""
@@ -80,11 +82,11 @@ class Records:
             if self._store.job(self._job).status.terminal:
                 return
             if error is None:
-                self._store.transition(self._job, JobStatus.SUCCEEDED, fine_tuned_model=self._job)
-                self._store.add_event(self._job, "The job has succeeded.", type="status")
+                text = "The job has succeeded."
+                self._store.transition(self._job, JobStatus.SUCCEEDED, fine_tuned_model=self._job, event=text)
             else:
                 failure = JobFailure(code=error.reason, message=error.message, param=error.details.get("param"))
-                self._store.transition(self._job, JobStatus.FAILED, error=failure)
-                self._store.add_event(self._job, f"The job has failed: {error.message}", level="error", type="status")
+                text = f"The job has failed: {error.message}"
+                self._store.transition(self._job, JobStatus.FAILED, error=failure, event=text, level="error")
 
         await asyncio.to_thread(write)

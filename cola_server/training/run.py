@@ -34,7 +34,8 @@ class JobRun:
         try:
             prepared = await self._prepare()
             async with self._turn:
-                await self._records.running()
+                while not await self._records.running():
+                    await self._turn.again()
                 await self._attempts(prepared)
             await self._records.finish(None)
         except ColaError as error:

@@ -232,6 +232,10 @@ def test_watching_in_lines_tells_events_and_progress_now_and_then(cola, served, 
     assert any(line.endswith("The job is running.") for line in lines)
     progress = [line for line in lines if " tokens/s  " in line and " left" in line and line[2] == ":"]
     assert 2 <= len(progress) <= 5  # 30 steps of a second each, a line in ten seconds
+    # A step a second: a line knows at least the steps up to its own time.
+    times = [int(line[3:5]) * 60 + int(line[6:8]) for line in progress]
+    steps = [int(line.split()[2].removesuffix("/200")) for line in progress]
+    assert [step >= time - times[0] for step, time in zip(steps, times, strict=True)] == [True] * len(steps)
     assert any(line.startswith("Where a step's time goes") for line in lines)
 
 

@@ -11,7 +11,7 @@ LEGAL = {
     "validating_files": {"queued", "failed", "cancelled"},
     "queued": {"running", "paused", "failed", "cancelled"},
     "running": {"queued", "paused", "succeeded", "failed", "cancelled"},
-    "paused": {"queued", "failed", "cancelled"},
+    "paused": {"queued", "succeeded", "failed", "cancelled"},
     "succeeded": set(),
     "failed": set(),
     "cancelled": set(),

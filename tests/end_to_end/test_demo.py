@@ -36,7 +36,7 @@ def test_demo_leaves_a_checked_adapter(tmp_path: Path) -> None:
 def test_server_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> None:
     with (
         Daemons(tmp_path / "data", tmp_path / "logs") as daemons,
-        pytest.raises(ColaError, match="the server ended with status") as caught,
+        pytest.raises(ColaError, match="server ended with status") as caught,
     ):
         daemons.start_server("", "no-such-model", split_jobs=1)
     assert "NAME=PATH" in str(caught.value)

@@ -58,6 +58,13 @@ def test_a_job_that_is_to_be_split_waits_for_that_many_workers(parts: int) -> No
     assert place(shards, workers[:-1], parts) is None
 
 
+def test_of_two_idle_workers_the_faster_is_taken_until_its_load_outweighs_that() -> None:
+    shards = [ShardLoad(0, 0, 100)]
+    slow, fast = Candidate("a", 10_000, 1.0), Candidate("b", 10_000, 3.0)
+    assert place(shards, [slow, fast]) == {0: "b"}
+    assert place(shards, [slow, Candidate("b", 10_000, 3.0, load=300)]) == {0: "a"}
+
+
 def test_who_owns_the_job_already_is_preferred_to_who_is_faster() -> None:
     shards = [ShardLoad(0, 0, 1)]
     fast, owner = Candidate("fast", 1000, 9.0), Candidate("owner", 1000, 1.0, owned=frozenset({0}))
