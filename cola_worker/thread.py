@@ -49,8 +49,10 @@ class TrainerThread:
         self._queue.put(message)
 
     async def stop(self, seconds: float) -> bool:
-        """Lets the message that is worked on end, and keeps the jobs' state on disk. Of the messages that wait, only those
-        that take a job away are still followed: the others ask for answers, and there is nobody left to have them.
+        """Lets the message that is worked on end, and keeps the jobs' state on disk.
+
+        Of the messages that wait, those that take a job away are still followed. The others ask for answers, and there
+        is nobody left to have them.
 
         Returns: whether that took no longer than `seconds`.
         """

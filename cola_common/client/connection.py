@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar, final
@@ -86,6 +86,35 @@ class Connection:
             finally:
                 call.cancel()
 
+    async def send(
+        self, method: grpc.aio.StreamUnaryMultiCallable[Request, Response], requests: AsyncGenerator[Request, None]
+    ) -> Response:
+        """Many requests, one answer. An answer that comes before the last request ends the sending.
+
+        Raises: `ColaError`; what `requests` raises, which cancels the call.
+        """
+        with self.translated():
+            call = method()
+            first: list[grpc.aio.AioRpcError] = []
+            call.add_done_callback(lambda ended: first.extend(_ended(ended)))
+            try:
+                # Explicit writes: gRPC loses the errors of a generator that it runs itself.
+                async with aclosing(requests):
+                    async for request in requests:
+                        await call.write(request)
+                await call.done_writing()
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                pass  # the server has answered already: the answer says why
+            except BaseException:
+                call.cancel()
+                raise
+            try:
+                return await call
+            except grpc.aio.AioRpcError as last:
+                # A write that meets the answer fails, and gRPC puts INTERNAL in the place of the answer's status, be it
+                # there already or still to come: so either the first status or the last is the server's own.
+                raise next((one for one in first if one.code() is not grpc.StatusCode.INTERNAL), last) from None
+
     async def repeat(self, attempt: Callable[[], Awaitable[T]], *, patience: float = PATIENCE_SECONDS) -> T:
         """What `attempt` returns; it is made again, after growing pauses of random length, while its error is transient
         and `patience` seconds are not over.
@@ -112,6 +141,22 @@ class Connection:
     async def close(self) -> None:
         """Ends all calls and closes the channel."""
         await self.channel.close()
+
+
+def _ended(call: grpc.aio.Call) -> list[grpc.aio.AioRpcError]:
+    """The status of a call that has one, as an error: read at once, for gRPC may put another in its place."""
+
+    async def read() -> grpc.aio.AioRpcError:
+        initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
+        return grpc.aio.AioRpcError(await call.code(), initial, trailing, await call.details())
+
+    reading = read()
+    try:
+        reading.send(None)
+    except StopIteration as end:  # nothing to wait for, as there is a status
+        return [end.value]
+    reading.close()
+    return []
 
 
 async def pause(ceiling: float) -> None:

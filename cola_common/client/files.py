@@ -2,10 +2,9 @@
 
 import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal, final
-
-import grpc
 
 from cola_common.client.connection import Connection, new_key, page_size
 from cola_common.client.pages import AsyncPage
@@ -43,29 +42,20 @@ class AsyncFiles:
             return await self._connection.repeat(lambda: self._send(upload, purpose, key))
 
     async def _send(self, upload: Upload, purpose: Purpose, key: str) -> FileObject:
-        await asyncio.to_thread(upload.file.seek, upload.start)
         digest = hashlib.sha256()
-        header = files_pb2.CreateFileHeader(filename=upload.name, purpose=purpose, idempotency_key=key)
-        with self._connection.translated():
-            # Explicit writes: an error in a request generator would be lost.
-            call = self._stub.Create()
-            try:
-                await call.write(files_pb2.CreateFileRequest(header=header))
-                while chunk := await asyncio.to_thread(upload.file.read, CHUNK_BYTES):
-                    digest.update(chunk)
-                    await call.write(files_pb2.CreateFileRequest(chunk=chunk))
-                await call.done_writing()
-            except asyncio.InvalidStateError:
-                pass  # the server has answered before the end: the answer says why
-            except grpc.aio.AioRpcError:
-                pass  # likewise, where the answer arrived during a write
-            except BaseException:
-                call.cancel()
-                raise
-            answer = file_from_wire(await call)
-        if answer.digest != digest.hexdigest():
+
+        async def requests() -> AsyncGenerator[files_pb2.CreateFileRequest, None]:
+            header = files_pb2.CreateFileHeader(filename=upload.name, purpose=purpose, idempotency_key=key)
+            yield files_pb2.CreateFileRequest(header=header)
+            await asyncio.to_thread(upload.file.seek, upload.start)
+            while chunk := await asyncio.to_thread(upload.file.read, CHUNK_BYTES):
+                digest.update(chunk)
+                yield files_pb2.CreateFileRequest(chunk=chunk)
+
+        file = file_from_wire(await self._connection.send(self._stub.Create, requests()))
+        if file.digest != digest.hexdigest():
             raise ColaError(Reason.CHECKSUM_MISMATCH, what=upload.name)
-        return answer
+        return file
 
     async def retrieve(self, file_id: str) -> FileObject:
         """A file's record. Raises: `ColaError(UNKNOWN_FILE)`."""

@@ -37,7 +37,7 @@ class JobRun:
                 while not await self._records.running():
                     await self._turn.again()
                 await self._attempts(prepared)
-            await self._records.finish(None)
+                await self._records.finish(None)
         except ColaError as error:
             await self._records.finish(error)
         except Exception as error:
