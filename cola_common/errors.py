@@ -74,39 +74,63 @@ CATALOGUE: dict[Reason, Entry] = {
     Reason.FILE_TOO_LARGE: Entry("RESOURCE_EXHAUSTED", "{file} is larger than the limit of {limit} bytes"),
     Reason.FILE_IN_USE: Entry("FAILED_PRECONDITION", "{file} is used by job {job}; cancel the job first"),
     Reason.UNKNOWN_MODEL: Entry("NOT_FOUND", "no model {model!r} here; there is {known}"),
-    Reason.UNKNOWN_TARGET: Entry("INVALID_ARGUMENT", "target {target!r} matches no module that can be adapted; nearest: {nearest}"),
+    Reason.UNKNOWN_TARGET: Entry(
+        "INVALID_ARGUMENT", "target {target!r} matches no module that can be adapted; nearest: {nearest}"
+    ),
     Reason.UNKNOWN_FILE: Entry("NOT_FOUND", "no file {file!r}"),
     Reason.UNKNOWN_JOB: Entry("NOT_FOUND", "no job {job!r}"),
     Reason.UNKNOWN_CHECKPOINT: Entry("NOT_FOUND", "no checkpoint {checkpoint!r}"),
-    Reason.RANK_TOO_LARGE: Entry("INVALID_ARGUMENT", "r={r} is larger than site {site} allows ({d_in} in, {d_out} out)"),
+    Reason.RANK_TOO_LARGE: Entry(
+        "INVALID_ARGUMENT", "r={r} is larger than site {site} allows ({d_in} in, {d_out} out)"
+    ),
     Reason.UNKNOWN_LAYOUT: Entry("INVALID_ARGUMENT", "site {site} has inputs of a layout that is not known: {problem}"),
-    Reason.TIED_WEIGHTS: Entry("INVALID_ARGUMENT", "site {site} shares its weight with {other}; it cannot be merged, use fold='unmerged'"),
-    Reason.NOT_MERGEABLE: Entry("INVALID_ARGUMENT", "{family} adapters are not linear in x and cannot be merged, use fold='unmerged'"),
+    Reason.TIED_WEIGHTS: Entry(
+        "INVALID_ARGUMENT", "site {site} shares its weight with {other}; it cannot be merged, use fold='unmerged'"
+    ),
+    Reason.NOT_MERGEABLE: Entry(
+        "INVALID_ARGUMENT", "{family} adapters are not linear in x and cannot be merged, use fold='unmerged'"
+    ),
     Reason.BATCH_TOO_LARGE: Entry(
-        "RESOURCE_EXHAUSTED", "a batch of this job is {bytes} bytes on the wire, the limit is {limit}; lower batch_size or max_length"
+        "RESOURCE_EXHAUSTED",
+        "a batch of this job is {bytes} bytes on the wire, the limit is {limit}; lower batch_size or max_length",
     ),
     Reason.ILLEGAL_TRANSITION: Entry("FAILED_PRECONDITION", "job {job} is {status} and cannot become {wanted}"),
-    Reason.NON_FINITE_LOSS: Entry("FAILED_PRECONDITION", "the loss of step {step} is not finite; lower the learning rate"),
-    Reason.NON_FINITE_CAPTURE: Entry(
-        "FAILED_PRECONDITION", "{tensor} at site {site} is not finite in step {step}; lower the learning rate, or send wider values"
+    Reason.NON_FINITE_LOSS: Entry(
+        "FAILED_PRECONDITION", "the loss of step {step} is not finite; lower the learning rate"
     ),
-    Reason.NON_FINITE_GRADIENT: Entry("FAILED_PRECONDITION", "the gradient of site {site} is not finite in step {step}"),
+    Reason.NON_FINITE_CAPTURE: Entry(
+        "FAILED_PRECONDITION",
+        "{tensor} at site {site} is not finite in step {step}; lower the learning rate, or send wider values",
+    ),
+    Reason.NON_FINITE_GRADIENT: Entry(
+        "FAILED_PRECONDITION", "the gradient of site {site} is not finite in step {step}"
+    ),
     Reason.NON_FINITE_DELTA: Entry("INVALID_ARGUMENT", "the delta of site {site} is not finite in step {step}"),
     Reason.DELTA_MISMATCH: Entry("INVALID_ARGUMENT", "the delta of step {step} is not what was assigned: {problem}"),
     Reason.NOT_OWNER: Entry("PERMISSION_DENIED", "worker {worker} does not own shard {site} of job {job}"),
     Reason.CHECKSUM_MISMATCH: Entry("DATA_LOSS", "the bytes of {what} do not match their checksum"),
-    Reason.DIGEST_MISMATCH: Entry("DATA_LOSS", "server and worker hold different parameters of job {job} after step {step}"),
+    Reason.DIGEST_MISMATCH: Entry(
+        "DATA_LOSS", "server and worker hold different parameters of job {job} after step {step}"
+    ),
     Reason.STALE_EPOCH: Entry("FAILED_PRECONDITION", "epoch {epoch} of job {job} is over; it is at epoch {current}"),
-    Reason.PROTOCOL_VERSION: Entry("FAILED_PRECONDITION", "peer speaks protocol {theirs}, this side {ours}; upgrade the older one"),
+    Reason.PROTOCOL_VERSION: Entry(
+        "FAILED_PRECONDITION", "peer speaks protocol {theirs}, this side {ours}; upgrade the older one"
+    ),
     Reason.PROTOCOL_VIOLATION: Entry("INVALID_ARGUMENT", "the peer broke the protocol: {problem}"),
     Reason.UNSUPPORTED_CODEC: Entry("INVALID_ARGUMENT", "codec {codec!r} is not known here; there is {known}"),
-    Reason.DUPLICATE_WORKER: Entry("ABORTED", "another process attended as worker {worker} after this one; give each worker a data folder of its own"),
-    Reason.WORKER_QUARANTINED: Entry("PERMISSION_DENIED", "worker {worker} sent a bad delta that another worker did not reproduce: {problem}"),
+    Reason.DUPLICATE_WORKER: Entry(
+        "ABORTED",
+        "another process attended as worker {worker} after this one; give each worker a data folder of its own",
+    ),
+    Reason.WORKER_QUARANTINED: Entry(
+        "PERMISSION_DENIED", "worker {worker} sent a bad delta that another worker did not reproduce: {problem}"
+    ),
     Reason.WORKER_LOST: Entry("UNAVAILABLE", "worker {worker} is gone: {problem}"),
     Reason.UNAUTHENTICATED: Entry("UNAUTHENTICATED", "a valid token is needed; pass token=… or --token-file"),
     Reason.PERMISSION_DENIED: Entry("PERMISSION_DENIED", "this token may not call {method}"),
     Reason.INSECURE_LISTEN: Entry(
-        "FAILED_PRECONDITION", "{address} is not loopback: give --tls-cert, --tls-key and --token-file, or ask for --insecure"
+        "FAILED_PRECONDITION",
+        "{address} is not loopback: give --tls-cert, --tls-key and --token-file, or ask for --insecure",
     ),
     Reason.INVALID_CONFIG: Entry("INVALID_ARGUMENT", "{setting}: {problem}"),
     Reason.SERVER_DRAINING: Entry("UNAVAILABLE", "the server is shutting down; try again soon"),

@@ -154,7 +154,8 @@ def _invalid(error: ValidationError, model: type[BaseModel]) -> ColaError:
         near = difflib.get_close_matches(path[-1], known, n=3) or known
         problem = f"no such field; there is {', '.join(near)}"
     elif first["type"] in ("literal_error", "union_tag_invalid"):
-        problem = f"{problem}, not {first['input'].get('type') if isinstance(first['input'], dict) else first['input']!r}"
+        given = first["input"].get("type") if isinstance(first["input"], dict) else first["input"]
+        problem = f"{problem}, not {given!r}"
     elif first["type"] not in ("missing",):
         problem = f"{problem} (got {first['input']!r})"
     return ColaError(Reason.INVALID_JOB, param=".".join(path) or "job", problem=problem)
@@ -162,8 +163,12 @@ def _invalid(error: ValidationError, model: type[BaseModel]) -> ColaError:
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     nested: dict[str, type[BaseModel]] = {
-        "hyperparameters": Hyperparameters, "wire": Wire, "method": Method,
-        "lora": LoraAdapter, "linear": LinearAdapter, "mlp": MlpAdapter,
+        "hyperparameters": Hyperparameters,
+        "wire": Wire,
+        "method": Method,
+        "lora": LoraAdapter,
+        "linear": LinearAdapter,
+        "mlp": MlpAdapter,
     }
     return sorted((nested[path[-1]] if path and path[-1] in nested else model).model_fields)
 

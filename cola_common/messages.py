@@ -34,7 +34,7 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`progress` counts what the sender's training thread has finished; `busy_seconds` is the age of what it does now."""
+    """`progress` counts what the sender's training thread has finished; `busy_seconds` is how long it is at the present."""
 
     progress: int
     busy_seconds: float
@@ -237,7 +237,8 @@ class Calls:
 @dataclass(frozen=True)
 class StepEnd:
     """All captures of a batch have been sent. With `batches` > 0 the batch closes the step, whose gradient is the mean
-    over that many batches."""
+    over that many batches.
+    """
 
     job: str
     epoch: int

@@ -32,20 +32,21 @@ class AsyncCheckpoints:
             return AsyncPage(data)
         return AsyncPage(data, lambda: self.list(job_id, after=data[-1].id, limit=limit))
 
-    async def download(self, checkpoint_id: str, folder: str | os.PathLike[str]) -> Path:
+    async def download(self, checkpoint_id: str, folder: str | os.PathLike[str], *, merged: bool = False) -> Path:
         """Downloads an adapter to a new folder, which appears when all of it is there, and returns the folder.
 
-        Of a family that PEFT knows, `peft.PeftModel.from_pretrained` loads it.
+        Of a family that PEFT knows, `peft.PeftModel.from_pretrained` loads it. With `merged` it is the whole base model
+        with the adapter in its weights, for `from_pretrained` of transformers.
 
-        Raises: `ColaError(UNKNOWN_CHECKPOINT)`, `ColaError(CHECKSUM_MISMATCH)`; `OSError`, such as `FileExistsError`
-            for a folder that is not empty.
+        Raises: `ColaError(UNKNOWN_CHECKPOINT)`, `ColaError(CHECKSUM_MISMATCH)`, `ColaError(NOT_MERGEABLE)`; `OSError`,
+            such as `FileExistsError` for a folder that is not empty.
         """
-        return await self._connection.repeat(lambda: self._download(checkpoint_id, Path(folder)))
+        return await self._connection.repeat(lambda: self._download(checkpoint_id, Path(folder), merged))
 
-    async def _download(self, checkpoint_id: str, target: Path) -> Path:
+    async def _download(self, checkpoint_id: str, target: Path, merged: bool) -> Path:
         incoming = await asyncio.to_thread(IncomingFolder, target)
         try:
-            request = checkpoints_pb2.DownloadCheckpointRequest(id=checkpoint_id)
+            request = checkpoints_pb2.DownloadCheckpointRequest(id=checkpoint_id, merged=merged)
             async with aclosing(self._connection.stream(self._stub.Download, request)) as chunks:
                 async for c in chunks:
                     await asyncio.to_thread(incoming.take, c.path, c.file_bytes, c.offset, c.data, c.checksum)

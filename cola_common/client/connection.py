@@ -11,6 +11,7 @@ from typing import TypeVar, final
 import grpc
 
 from cola_common.errors import ColaError, Reason
+from cola_common.rpc import auth
 from cola_common.rpc.channels import connect
 from cola_common.rpc.status import from_rpc
 
@@ -49,7 +50,10 @@ class Connection:
         insecure: bool = False,
     ) -> None:
         self.address = address
-        self.channel = connect(address, token=token, root_certificates=root_certificates, insecure=insecure)
+        # The token goes with each call. As an interceptor it would leave a task behind for each upload that is refused:
+        # gRPC's intercepted streams wait for requests that no longer come.
+        self.channel = connect(address, root_certificates=root_certificates, insecure=insecure)
+        self._metadata = () if token is None else (auth.header(token),)
 
     async def call(
         self,
@@ -67,7 +71,7 @@ class Connection:
 
         async def attempt() -> Response:
             with self.translated():
-                return await method(request, timeout=CALL_SECONDS)
+                return await method(request, timeout=CALL_SECONDS, metadata=self._metadata)
 
         return await self.repeat(attempt, patience=patience)
 
@@ -79,7 +83,7 @@ class Connection:
         Raises: `ColaError`.
         """
         with self.translated():
-            call = method(request)
+            call = method(request, metadata=self._metadata)
             try:
                 async for response in call:
                     yield response
@@ -94,7 +98,7 @@ class Connection:
         Raises: `ColaError`; what `requests` raises, which cancels the call.
         """
         with self.translated():
-            call = method()
+            call = method(metadata=self._metadata)
             first: list[grpc.aio.AioRpcError] = []
             call.add_done_callback(lambda ended: first.extend(_ended(ended)))
             try:

@@ -73,9 +73,9 @@ class Checkpoints:
         """As `AsyncCheckpoints.list`."""
         return _page(self._loop, self._loop.run(self._twin.list(job_id, after=after, limit=limit)))
 
-    def download(self, checkpoint_id: str, folder: str | os.PathLike[str]) -> Path:
+    def download(self, checkpoint_id: str, folder: str | os.PathLike[str], *, merged: bool = False) -> Path:
         """As `AsyncCheckpoints.download`."""
-        return self._loop.run(self._twin.download(checkpoint_id, folder))
+        return self._loop.run(self._twin.download(checkpoint_id, folder, merged=merged))
 
 
 @final

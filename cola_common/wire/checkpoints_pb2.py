@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cola_common.wire import types_pb2 as cola__common_dot_wire_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cola_common/wire/checkpoints.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"R\n\x16ListCheckpointsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06_after\"N\n\x17ListCheckpointsResponse\x12!\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x13.cola.v1.Checkpoint\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"\'\n\x19\x44ownloadCheckpointRequest\x12\n\n\x02id\x18\x01 \x01(\t\"c\n\x0f\x43heckpointChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nfile_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x32\xa4\x01\n\x0b\x43heckpoints\x12I\n\x04List\x12\x1f.cola.v1.ListCheckpointsRequest\x1a .cola.v1.ListCheckpointsResponse\x12J\n\x08\x44ownload\x12\".cola.v1.DownloadCheckpointRequest\x1a\x18.cola.v1.CheckpointChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cola_common/wire/checkpoints.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"R\n\x16ListCheckpointsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06_after\"N\n\x17ListCheckpointsResponse\x12!\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x13.cola.v1.Checkpoint\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"7\n\x19\x44ownloadCheckpointRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06merged\x18\x02 \x01(\x08\"c\n\x0f\x43heckpointChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nfile_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x32\xa4\x01\n\x0b\x43heckpoints\x12I\n\x04List\x12\x1f.cola.v1.ListCheckpointsRequest\x1a .cola.v1.ListCheckpointsResponse\x12J\n\x08\x44ownload\x12\".cola.v1.DownloadCheckpointRequest\x1a\x18.cola.v1.CheckpointChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=161
   _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=239
   _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_start=241
-  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_end=280
-  _globals['_CHECKPOINTCHUNK']._serialized_start=282
-  _globals['_CHECKPOINTCHUNK']._serialized_end=381
-  _globals['_CHECKPOINTS']._serialized_start=384
-  _globals['_CHECKPOINTS']._serialized_end=548
+  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_end=296
+  _globals['_CHECKPOINTCHUNK']._serialized_start=298
+  _globals['_CHECKPOINTCHUNK']._serialized_end=397
+  _globals['_CHECKPOINTS']._serialized_start=400
+  _globals['_CHECKPOINTS']._serialized_end=564
 # @@protoc_insertion_point(module_scope)

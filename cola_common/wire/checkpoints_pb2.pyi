@@ -26,10 +26,12 @@ class ListCheckpointsResponse(_message.Message):
     def __init__(self, data: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., has_more: _Optional[bool] = ...) -> None: ...
 
 class DownloadCheckpointRequest(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "merged")
     ID_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    merged: bool
+    def __init__(self, id: _Optional[str] = ..., merged: _Optional[bool] = ...) -> None: ...
 
 class CheckpointChunk(_message.Message):
     __slots__ = ("path", "file_bytes", "offset", "data", "checksum")

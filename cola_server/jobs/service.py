@@ -7,7 +7,8 @@ Synchronous; any thread may call.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,9 @@ class Catalogue(Protocol):
 
     def check(self, spec: JobSpec) -> None:
         """Raises: `ColaError` if the model that the spec names cannot be adapted as it asks."""
+
+    def write_merged(self, spec: JobSpec, adapter: Path, folder: Path) -> None:
+        """Writes the model with the adapter of that folder in its weights. Raises: `ColaError(NOT_MERGEABLE)`."""
 
 
 class Scheduler(Protocol):
@@ -154,8 +158,19 @@ class JobService:
 
         Raises: `ColaError(UNKNOWN_CHECKPOINT)`.
         """
-        folder = self._artefacts.checkpoint_path(self._store.checkpoint(id).id)
-        return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        return _files_in(self._artefacts.checkpoint_path(self._store.checkpoint(id).id))
+
+    @contextmanager
+    def merged_files(self, id: str) -> Iterator[list[tuple[str, Path]]]:
+        """A checkpoint merged into its whole base model, as `checkpoint_files`; gone when the block ends.
+
+        Raises: `ColaError(UNKNOWN_CHECKPOINT)`; `ColaError(NOT_MERGEABLE)`.
+        """
+        checkpoint = self._store.checkpoint(id)
+        with self._artefacts.scratch() as folder:
+            spec = self._store.job(checkpoint.job).spec
+            self._catalogue.write_merged(spec, self._artefacts.checkpoint_path(checkpoint.id), folder)
+            yield _files_in(folder)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -229,3 +244,7 @@ class JobService:
         elif self._store.file(source).purpose != "adapter":
             problem = f"{source} was uploaded with purpose 'fine-tune'; it takes one of 'adapter'"
             raise ColaError(Reason.INVALID_JOB, param="adapter.init_from", problem=problem)
+
+
+def _files_in(folder: Path) -> list[tuple[str, Path]]:
+    return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -2,6 +2,7 @@
 
 from cola_server.model.adapted import JobAdapter
 from cola_server.model.base import BaseModel
+from cola_server.model.export import export_merged
 from cola_server.model.load import load
 from cola_server.model.merging import Merging
 from cola_server.model.probe import probe
@@ -18,6 +19,7 @@ __all__ = [
     "Sink",
     "Site",
     "evaluate",
+    "export_merged",
     "load",
     "probe",
     "train",

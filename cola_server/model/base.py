@@ -16,6 +16,8 @@ class BaseModel:
     """
 
     name: str
+    path: str
+    """Where it was loaded from: a folder, a hub id or a GGUF file."""
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task

@@ -71,6 +71,7 @@ def load(
     module.to(place)
     return BaseModel(
         name=name,
+        path=path,
         module=module,
         tokenizer=tokenizer,
         task=known_task,

@@ -1,6 +1,7 @@
 """`cola.v1.Checkpoints`: convert, call, translate."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -38,13 +39,27 @@ class Checkpoints(checkpoints_pb2_grpc.CheckpointsServicer):
     ) -> AsyncIterator[checkpoints_pb2.CheckpointChunk]:
         async with translated(context):
             jobs = await self._backend.jobs()
-            for name, path in await blocking(jobs.checkpoint_files, request.id):
-                size = path.stat().st_size
-                async for offset, data in read_chunks(path):
-                    yield checkpoints_pb2.CheckpointChunk(
-                        path=name,
-                        file_bytes=size,
-                        offset=offset,
-                        data=data,
-                        checksum=xxhash.xxh3_64_intdigest(data),
-                    )
+            if not request.merged:
+                async for chunk in _chunks(await blocking(jobs.checkpoint_files, request.id)):
+                    yield chunk
+                return
+            merged = jobs.merged_files(request.id)
+            files = await blocking(merged.__enter__)
+            try:
+                async for chunk in _chunks(files):
+                    yield chunk
+            finally:
+                await blocking(merged.__exit__, None, None, None)
+
+
+async def _chunks(files: list[tuple[str, Path]]) -> AsyncIterator[checkpoints_pb2.CheckpointChunk]:
+    for name, path in files:
+        size = path.stat().st_size
+        async for offset, data in read_chunks(path):
+            yield checkpoints_pb2.CheckpointChunk(
+                path=name,
+                file_bytes=size,
+                offset=offset,
+                data=data,
+                checksum=xxhash.xxh3_64_intdigest(data),
+            )

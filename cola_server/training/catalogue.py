@@ -4,6 +4,7 @@ import difflib
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from cola_common.errors import ColaError, Reason
 from cola_common.jobs import JobSpec, ModelCard
 from cola_common.tensor import nbytes
 from cola_server.jobs import Artefacts
-from cola_server.model import BaseModel, JobAdapter, Site, probe
+from cola_server.model import BaseModel, JobAdapter, Site, export_merged, probe
 from cola_server.training.data import PAD_MULTIPLE
 from cola_server.training.numerics import Numerics
 
@@ -89,6 +90,17 @@ class Catalogue:
         if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
             start = self.start(spec, sites)
             JobAdapter.initial(sites, spec.seed, torch.device("cpu"), start, source=spec.adapter.init_from)
+
+    def write_merged(self, spec: JobSpec, adapter: Path, folder: Path) -> None:
+        """Writes the whole model with the adapter of the folder `adapter` in its weights, as transformers reads it.
+
+        Raises: `ColaError` (NOT_MERGEABLE, TIED_WEIGHTS).
+        """
+        imported = peft_format.load(adapter)
+        labels = None if imported.head is None else len(imported.head.parameters["W"])
+        sites = self.sites(spec.model_copy(update={"fold": "merged"}), labels)
+        heads = {} if imported.head is None else {imported.head.site: imported.head.parameters}
+        export_merged(self.model(spec.model), sites, {**imported.shards, **heads}, folder)
 
     def start(self, spec: JobSpec, sites: Sequence[Site]) -> Mapping[str, Parameters] | None:
         """Where the job's adapter starts, by site, if it continues from another.

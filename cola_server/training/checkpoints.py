@@ -24,7 +24,7 @@ def write_checkpoint(
         lambda folder: peft_format.export(
             folder,
             shards,
-            base_model=prepared.base.module.name_or_path or prepared.base.name,
+            base_model=prepared.base.path,
             task=prepared.base.task,
             head_name=prepared.base.head_name,
             fan_in_fan_out=any(site.kind == "conv1d" for site in prepared.sites),

@@ -1,5 +1,6 @@
 """Files through the SDK: what is sent is what the server holds, whatever it came from and whatever breaks."""
 
+import asyncio
 import io
 import json
 import os
@@ -80,11 +81,18 @@ async def test_two_uploads_of_the_same_bytes_are_two_files(client):
     assert one.id != two.id
 
 
-async def test_a_file_that_the_server_refuses_midway_fails_with_its_reason(client, served, monkeypatch):
-    monkeypatch.setattr(served.state, "largest_file", CHUNK_BYTES)
-    with pytest.raises(ColaError) as caught:
-        await client.files.create(file=bytes(20 * CHUNK_BYTES), purpose="fine-tune")
-    assert caught.value.reason is Reason.FILE_TOO_LARGE
+@pytest.mark.parametrize("token", [None, "secret"])
+async def test_a_file_that_the_server_refuses_midway_fails_with_its_reason_and_leaves_no_task(token):
+    tasks = asyncio.all_tasks()
+    with running(token) as served:
+        served.state.largest_file = CHUNK_BYTES
+        async with AsyncClient(served.address, token) as client:
+            for _ in range(20):
+                with pytest.raises(ColaError) as caught:
+                    await client.files.create(file=bytes(20 * CHUNK_BYTES), purpose="fine-tune")
+                assert caught.value.reason is Reason.FILE_TOO_LARGE
+        await asyncio.sleep(0.05)
+    assert asyncio.all_tasks() == tasks
 
 
 async def test_a_file_that_changed_on_the_way_is_told(client, served, monkeypatch):

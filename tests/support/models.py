@@ -167,6 +167,7 @@ def base_of(module: PreTrainedModel, *, head_name: str | None = None) -> BaseMod
     module.config.use_cache = False
     return BaseModel(
         name="tiny",
+        path="",
         module=module.eval(),
         tokenizer=tokenizer(),
         task="causal-lm" if head_name is None else "sequence-classification",

@@ -1,5 +1,6 @@
 """Settings, identity, capacity, and the command itself."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -153,8 +154,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 async def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    import asyncio
-
     out, _ = await asyncio.to_thread(process.communicate, timeout=40)
     return process.returncode, out
 

@@ -30,7 +30,8 @@ def download(
     session: Session,
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")] = False,
 ) -> None:
     """Download an adapter: a folder that peft.PeftModel.from_pretrained loads."""
-    folder = session.client.fine_tuning.jobs.checkpoints.download(checkpoint, output)
-    session.say(f"The adapter is in {folder}.")
+    folder = session.client.fine_tuning.jobs.checkpoints.download(checkpoint, output, merged=merged)
+    session.say(f"The {'model' if merged else 'adapter'} is in {folder}.")
