@@ -63,10 +63,11 @@ class BackgroundLoop:
                 # Nobody waits for it: the garbage collector may end an iteration, on whatever thread it runs.
                 asyncio.run_coroutine_threadsafe(_close(generator), self._loop)
 
-    def close(self, before: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def close(self, before: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Runs `before` and ends the thread; the second time, nothing."""
         if self._end.alive:
-            self.run(before())
+            if before is not None:
+                self.run(before())
             self._end()
 
 

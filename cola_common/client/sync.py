@@ -205,7 +205,11 @@ class Client:
             return AsyncClient(address, token, root_certificates, insecure)
 
         self._loop = BackgroundLoop()
-        self._twin = self._loop.run(build())
+        try:
+            self._twin = self._loop.run(build())
+        except BaseException:
+            self._loop.close()
+            raise
         self.files = Files(self._loop, self._twin.files)
         self.fine_tuning = FineTuning(self._loop, self._twin.fine_tuning)
         self.models = Models(self._loop, self._twin.models)

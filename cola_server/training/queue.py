@@ -23,6 +23,7 @@ class JobQueue:
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._line = asyncio.Lock()
+        self._preparing = asyncio.Lock()  # one at a time, so that jobs come to the line in the order of submission
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turns: dict[str, Turn] = {}
         self._closing = False
@@ -58,7 +59,7 @@ class JobQueue:
         if self._closing or job in self._tasks:
             return
         turn = self._turns[job] = Turn(self._line)
-        task = self._tasks[job] = self._loop.create_task(JobRun(job, self._services, turn).run(), name=job)
+        task = self._tasks[job] = self._loop.create_task(JobRun(job, self._services, turn, self._preparing).run(), name=job)
         task.add_done_callback(lambda task: self._done(job, task))
 
     def _cancel(self, job: str) -> None:

@@ -21,9 +21,10 @@ from cola_server.training.turn import Turn
 class JobRun:
     """A job from its first batch to its last checkpoint; see the module."""
 
-    def __init__(self, job: str, services: Services, turn: Turn) -> None:
+    def __init__(self, job: str, services: Services, turn: Turn, preparing: asyncio.Lock) -> None:
         self._services = services
         self._turn = turn
+        self._preparing = preparing
         self._records = Records(job, services.store)
         self._judgement = Judgement()
 
@@ -32,7 +33,8 @@ class JobRun:
         canceller.
         """
         try:
-            prepared = await self._prepare()
+            async with self._preparing:
+                prepared = await self._prepare()
             async with self._turn:
                 while not await self._records.running():
                     await self._turn.again()

@@ -141,22 +141,25 @@ def test_an_interrupt_cancels_the_call(monkeypatch):
     monkeypatch.undo()
     assert state == ["cancelled"]
 
-    async def nothing():
-        pass
-
-    loop.close(nothing)
+    loop.close()
 
 
 def test_a_client_that_is_dropped_takes_its_thread_along(served):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     client = Client(served.address)
     client.models.list()
-    assert threading.active_count() > before
+    (thread,) = (thread for thread in set(threading.enumerate()) - before if thread.name == "cola-client")
     del client
-    for thread in threading.enumerate():
-        if thread.name == "cola-client":
-            thread.join(10)
-    assert "cola-client" not in [thread.name for thread in threading.enumerate()]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_client_that_cannot_be_made_leaves_no_thread():
+    before = set(threading.enumerate())
+    with pytest.raises(ColaError, match="HOST:PORT") as caught:
+        Client("nonsense")
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_script_that_never_closes_its_client_ends_quietly(served):

@@ -77,7 +77,8 @@ class Cluster:
             self.start_server()
             for number in range(self._count):
                 self.start_worker(f"worker-{number}")
-            self.await_workers(self._count)
+            if self._count:
+                self.await_workers(self._count)
         except BaseException:
             self.stop()
             raise
