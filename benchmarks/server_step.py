@@ -30,6 +30,7 @@ from cola_server.demo.smollm2 import converted
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH, RANK = 4, 64, 8
 WARMUP_STEPS = 3
+CACHE = Path.home() / ".cache" / "cola"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -115,7 +116,7 @@ def plain_rounds(path: str, rounds: int, steps: int) -> None:
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of the four.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 10,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path.home() / ".cache" / "cola",
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
     plain: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run the benchmark and write its record."""
@@ -164,7 +165,8 @@ def main(
                     seconds["peft"].append(peft)
                     for fold in ("unmerged", "merged"):
                         seconds[fold].append(server_round(client, server.pid, file.id, steps, fold))
-                    print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in seconds.items()), flush=True)
+                    latest = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
+                    print(f"round {number + 1}: {latest}", flush=True)
                 metrics = client.fine_tuning.jobs.metrics(client.fine_tuning.jobs.list().data[0].id)[-1]
         finally:
             for child in children:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import structlog
 
+from cola_common.logs import configure
 from cola_common.rpc.malloc import tune
 from cola_server.config import ServerConfig
 from cola_server.fleet import Fleet, FleetLimits
-from cola_server.logs import configure
 from cola_server.rpc import Listener, Pending
 from cola_server.training.numerics import Numerics
 

@@ -4,6 +4,7 @@ import asyncio
 
 import structlog
 import torch
+from transformers.utils import logging as transformers_logging
 
 from cola_server.config import ServerConfig
 from cola_server.fleet import Fleet
@@ -32,6 +33,7 @@ class Core:
     async def start(self) -> JobService:
         """Loads the models and goes on with unfinished jobs. Raises: `ColaError`."""
         config = self._config
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         url = config.database_url or f"sqlite:///{config.data_dir.absolute() / 'cola.db'}"
         store = self._store = await asyncio.to_thread(JobStore, url, create=not self._artefacts.ids())
         if config.threads is not None:

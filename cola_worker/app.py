@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import structlog
 import torch
 
+from cola_common.logs import configure
 from cola_common.messages import ToServer, ToWorker
 from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import Duplex
@@ -22,7 +23,6 @@ from cola_common.rpc.malloc import tune
 from cola_worker import capacity
 from cola_worker.config import WorkerConfig
 from cola_worker.identity import identity
-from cola_worker.logs import configure
 from cola_worker.shards import Shards
 from cola_worker.supervisor import Supervisor
 

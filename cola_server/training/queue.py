@@ -59,7 +59,8 @@ class JobQueue:
         if self._closing or job in self._tasks:
             return
         turn = self._turns[job] = Turn(self._line)
-        task = self._tasks[job] = self._loop.create_task(JobRun(job, self._services, turn, self._preparing).run(), name=job)
+        run = JobRun(job, self._services, turn, self._preparing)
+        task = self._tasks[job] = self._loop.create_task(run.run(), name=job)
         task.add_done_callback(lambda task: self._done(job, task))
 
     def _cancel(self, job: str) -> None:

@@ -15,8 +15,8 @@ TERMINAL_SECONDS = 50.0
 def texts(count: int, seed: int = 0) -> bytes:
     """JSONL of `count` texts in the tiny models' words."""
     random_ = random.Random(seed)
-    rows = [{"text": " ".join(f"w{random_.randrange(50)}" for _ in range(random_.randint(4, 20)))} for _ in range(count)]
-    return "\n".join(json.dumps(row) for row in rows).encode()
+    texts_ = [" ".join(f"w{random_.randrange(50)}" for _ in range(random_.randint(4, 20))) for _ in range(count)]
+    return "\n".join(json.dumps({"text": text}) for text in texts_).encode()
 
 
 def submit(client: Client, *, rows: bytes | None = None, model: str = "llama", **fields: Any) -> Job:

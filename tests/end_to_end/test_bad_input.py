@@ -99,7 +99,8 @@ def test_a_job_that_cannot_run_is_refused_when_it_is_created(
 
 def test_a_job_that_makes_nan_fails_by_name_and_no_worker_is_blamed(whole: Cluster) -> None:
     with whole.client() as client:
-        job = finish(client, submit(client, hyperparameters={"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 20}))
+        reckless = {"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 20}
+        job = finish(client, submit(client, hyperparameters=reckless))
         assert job.status == "failed"
         assert job.error is not None and job.error.code in (Reason.NON_FINITE_LOSS, Reason.NON_FINITE_CAPTURE)
         assert "lower the learning rate" in job.error.message

@@ -115,7 +115,8 @@ def submit(cluster: Cluster, case: Row, file: bytes, epochs: int) -> tuple[JobSp
         steps = client.fine_tuning.jobs.metrics(job.id)
         assert [m.step for m in steps] == list(range(1, STEPS + 1))
         if case["max_grad_norm"]:
-            assert sum(m.grad_norm > float(str(case["max_grad_norm"])) for m in steps) > STEPS / 2, "nothing was clipped"
+            limit = float(str(case["max_grad_norm"]))
+            assert sum(m.grad_norm > limit for m in steps) > STEPS / 2, "nothing was clipped"
         (latest,) = [c for c in client.fine_tuning.jobs.checkpoints.list(job.id) if c.step_number == STEPS]
         folder = cluster.root / latest.id
         client.fine_tuning.jobs.checkpoints.download(latest.id, folder)

@@ -334,12 +334,16 @@ async def test_a_message_larger_than_any_delta_could_be_is_refused_before_it_is_
 
 async def test_whoever_waits_for_a_change_sees_each_coming_and_going() -> None:
     fleet = Fleet(SMALL)
-    for act in (lambda: fleet.attend(hello()), lambda: fleet.accept(next(iter(present)), Draining())):
-        change = fleet.change()
-        assert not change.done()
-        result = act()
-        present = [result[0]] if result else []
-        assert change.done()
+    coming = fleet.change()
+    assert not coming.done()
+    attendance, _ = fleet.attend(hello())
+    draining = fleet.change()
+    assert coming.done() and not draining.done()
+    fleet.accept(attendance, Draining())
+    going = fleet.change()
+    assert draining.done() and not going.done()
+    fleet.leave(attendance, "gone")
+    assert going.done()
 
 
 async def test_credit_reaches_the_outbox_whatever_its_epoch() -> None:

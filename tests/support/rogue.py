@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from cola_common import ids
 from cola_common.errors import ColaError
@@ -34,7 +35,7 @@ class Rogue:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
-    def __enter__(self) -> "Rogue":
+    def __enter__(self) -> Self:
         self._thread.start()
         assert self.attending.wait(20)
         return self

@@ -1,4 +1,4 @@
-"""Logs: lines for people, or JSON."""
+"""Logs of the daemons: lines for people, or JSON."""
 
 import logging
 import sys
@@ -30,6 +30,7 @@ def configure(format: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every context that it opens
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
