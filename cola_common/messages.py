@@ -34,7 +34,7 @@ class EncodedTensor:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`progress` counts what the sender's training thread has finished, `busy_seconds` how long it is at the present."""
+    """`progress` counts what the sender's training thread has finished; `busy_seconds` is its present work's age."""
 
     progress: int
     busy_seconds: float

@@ -73,6 +73,7 @@ FACES = {
         "Sink",
         "Site",
         "evaluate",
+        "export_merged",
         "load",
         "probe",
         "train",
