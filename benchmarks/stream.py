@@ -1,7 +1,8 @@
-"""Captures through the project's stream and decoder, against bare grpc.aio that moves the same bytes.
+"""Captures through the project's stream, and through its stream and decoder, against bare grpc.aio that moves the same
+bytes, looks at none of them, and has gRPC's own options. Both have malloc tuned.
 
 Two processes on one machine: the server sends, the worker receives and decodes on a thread of its own, as the real one
-does. Each round measures both ways, one after the other, so that what slows the machine slows both; the result is the
+does. Each round measures all ways, one after the other, so that what slows the machine slows all; the result is the
 median of the rounds' ratios. Run it with `python benchmarks/stream.py`; it writes a dated record to benchmarks/records.
 """
 
@@ -12,7 +13,6 @@ import os
 import platform
 import queue
 import statistics
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from cola_common.rpc.limits import CHUNK_BYTES, SERVER_OPTIONS
 from cola_common.tensor import decode, encode
 
 RECORDS = Path(__file__).parent / "records"
-TARGET = 0.8
+TARGET = 0.8  # of `decoded`
 
+WAYS = ("bare", "stream", "decoded")
 ROUNDS = 15
 REPEATS = 8  # a round sends its bytes, more than caches hold, as often as this
 CODEC = "bf16"
@@ -72,17 +74,20 @@ def chunks(captures: list[Capture]) -> list[bytes]:
 # --- the worker's process -------------------------------------------------------------------------------------------
 
 
-def worker(address: str, orders: Connection) -> None:
+def worker(address: str, bare_address: str, orders: Connection) -> None:
     """Receives a round at a time, each in the way that the server orders."""
     malloc.tune()
     torch.set_num_threads(1)
 
     async def main() -> None:
-        async with connect(address) as channel:
+        async with connect(address) as channel, grpc.aio.insecure_channel(bare_address) as bare_channel:
             loop = asyncio.get_running_loop()
             while (order := await loop.run_in_executor(None, orders.recv)) is not None:
                 way, size = order
-                await (receive_bare if way == "bare" else receive_captures)(channel, size)
+                if way == "bare":
+                    await receive_bare(bare_channel, size)
+                else:
+                    await receive_captures(channel, size, decoding=way == "decoded")
 
     asyncio.run(main())
 
@@ -97,7 +102,7 @@ async def receive_bare(channel: grpc.aio.Channel, missing: int) -> None:
     await call.read()
 
 
-async def receive_captures(channel: grpc.aio.Channel, missing: int) -> None:
+async def receive_captures(channel: grpc.aio.Channel, missing: int, *, decoding: bool) -> None:
     duplex = attend(channel)
     await duplex.send(Credit("job", 1, 0, 0))
     loop = asyncio.get_running_loop()
@@ -106,7 +111,7 @@ async def receive_captures(channel: grpc.aio.Channel, missing: int) -> None:
 
     def decoder() -> None:
         while (capture := received.get()) is not None:
-            for tensor in capture.tensors:
+            for tensor in capture.tensors if decoding else ():
                 decode(tensor)
             loop.call_soon_threadsafe(room.release)
 
@@ -153,11 +158,7 @@ class Rounds:
 
 
 @asynccontextmanager
-async def serving(rounds: Rounds) -> AsyncIterator[str]:
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_fleet(server, rounds.ours)
-    handler: Any = grpc.stream_stream_rpc_method_handler(rounds.bare)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Attend": handler}),))
+async def serving(server: grpc.aio.Server) -> AsyncIterator[str]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -166,29 +167,38 @@ async def serving(rounds: Rounds) -> AsyncIterator[str]:
         await server.stop(1)
 
 
+def servers(rounds: Rounds) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+    """The project's server, and a bare one."""
+    ours, bare = grpc.aio.server(options=SERVER_OPTIONS), grpc.aio.server()
+    add_fleet(ours, rounds.ours)
+    handler: Any = grpc.stream_stream_rpc_method_handler(rounds.bare)
+    bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Attend": handler}),))
+    return ours, bare
+
+
 async def measure() -> dict[str, dict[str, float]]:
-    """For each case: the medians of MB/s both ways, and of the rounds' ratios."""
+    """For each case: the medians of MB/s, and of the rounds' ratios to bare."""
     rounds = Rounds()
     results: dict[str, dict[str, float]] = {}
     orders, far_end = multiprocessing.Pipe()
-    async with serving(rounds) as address:
-        process = multiprocessing.get_context("spawn").Process(target=worker, args=(address, far_end))
+    ours, bare = servers(rounds)
+    async with serving(ours) as address, serving(bare) as bare_address:
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=worker, args=(address, bare_address, far_end))
         process.start()
         for name, case in CASES.items():
             rounds.captures = captures(*case)
             rounds.chunks = chunks(rounds.captures)
             size = REPEATS * sum(map(len, rounds.chunks))
-            speeds: dict[str, list[float]] = {"bare": [], "captures": []}
+            speeds: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(ROUNDS + 1):
-                for way, measured in speeds.items():
+                for way in WAYS:
                     orders.send((way, size))
-                    measured.append(size / await rounds.seconds.get() / 1e6)
-            pairs = list(zip(*speeds.values(), strict=True))[1:]  # the first warms up
+                    speeds[way].append(size / await rounds.seconds.get() / 1e6)
+            warm = {way: measured[1:] for way, measured in speeds.items()}
             results[name] = {
-                "bare_mb_per_second": round(statistics.median(bare for bare, _ in pairs)),
-                "captures_mb_per_second": round(statistics.median(ours for _, ours in pairs)),
-                "ratio": round(statistics.median(ours / bare for bare, ours in pairs), 3),
-            }
+                f"{way}_mb_per_second": round(statistics.median(measured)) for way, measured in warm.items()
+            } | {f"{way}_ratio": round(statistics.median(map(truediv, warm[way], warm["bare"])), 3) for way in WAYS[1:]}
             print(f"{name}: {results[name]}", flush=True)
         orders.send(None)
         await asyncio.to_thread(process.join)
@@ -208,8 +218,7 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
-def main() -> int:
-    """Returns 1 where a ratio misses the target."""
+def main() -> None:
     malloc.tune()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # as the worker, and no threads that spin beside what is measured
@@ -225,8 +234,7 @@ def main() -> int:
     path = RECORDS / f"stream-{datetime.now(UTC):%Y-%m-%d}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(path)
-    return 0 if all(result["ratio"] >= TARGET for result in results.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,6 @@
 """A server and its workers as processes of this machine, for the demo."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,9 @@ from cola_common.errors import ColaError, Reason
 START_SECONDS = 180.0  # torch and a model of a few GB, read from a cold disk
 STOP_SECONDS = 15.0  # what a daemon that drains may take before it is killed
 LOG_TAIL_LINES = 15
+
+# The daemons share the cores: a thread that waits must sleep, or it takes the time of the one it waits for.
+SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @final
@@ -102,6 +106,7 @@ class Daemons:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env={**SHARED_CORES, **os.environ},
                 start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends its daemons in order
             )
         self._running[name] = process
