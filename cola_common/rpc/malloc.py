@@ -9,7 +9,7 @@ _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 
 # By default each large buffer is mapped when it is taken and unmapped when it is freed, so that every page of it faults
-# again: that made streams of 1 MiB messages 3.5 times slower, and took more time than all else where tensors are 32 MiB.
+# again: streams of 1 MiB messages were 3.5 times slower, and decoding tensors of 16 MiB took more time than all else.
 # With these, buffers of any size come from the heap, and the heap keeps what it was given until 512 MiB of it lie free.
 _SETTINGS = {
     _M_MMAP_MAX: 0,
