@@ -26,7 +26,8 @@ format: $(INSTALLED)
 
 # Generated code is committed; a test fails where it is stale.
 protos: $(INSTALLED)
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. protos/cola_common/wire/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/cola_common/wire/*.proto
 
 # Writes dated records to benchmarks/records/.
 bench: $(INSTALLED)

@@ -1,6 +1,7 @@
 """The composition root: everything behind the listening socket. Importing it imports torch."""
 
 import asyncio
+import gc
 
 import structlog
 import torch
@@ -61,6 +62,7 @@ class Core:
         queue = self._queue = JobQueue(services)
         jobs = JobService(store, self._artefacts, catalogue, queue)
         await asyncio.to_thread(jobs.recover)
+        gc.freeze()  # modules and models live as long as the process: the collector need not walk them at every step
         return jobs
 
     async def let_go(self) -> None:

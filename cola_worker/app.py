@@ -5,6 +5,7 @@ says Goodbye, the trainer ends, what it holds is kept on disk. A second signal e
 """
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -53,6 +54,7 @@ async def run(config: WorkerConfig) -> None:
         shards=Shards(config.data_dir / "shards"),
     )
     _on_signals(supervisor.drain)
+    gc.freeze()  # what is imported lives as long as the process: the collector need not walk it at every step
     log.info("starting", server=config.server, threads=threads)
     await supervisor.run()
     log.info("stopped")

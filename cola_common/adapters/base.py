@@ -45,7 +45,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def forward(self, parameters: Parameters, x: torch.Tensor) -> torch.Tensor:
-        """s·f_w(x): (…, D) -> (…, O). Differentiable in x; in the parameters too, for tests."""
+        """s·f_w(x): (…, D) -> (…, O), in x's dtype and memory of its own. Autograd goes through it, for tests."""
+
+    @abstractmethod
+    def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """The gradient in x, (…, D) in x's dtype, of a loss whose gradient at the site's output is g (…, O)."""
 
     @abstractmethod
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:

@@ -46,6 +46,11 @@ class HeadAdapter(Adapter):
         W_OD = parameters["W"]
         return functional.linear(x.to(W_OD.dtype), W_OD, parameters["b"] if self.bias else None).to(x.dtype)
 
+    def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        # <G, dX Wᵀ> = <G W, dX>.
+        W_OD = parameters["W"]
+        return (g.to(W_OD.dtype) @ W_OD).to(x.dtype)
+
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
         # Y = X Wᵀ + 1 bᵀ: <G, X dWᵀ> = <Gᵀ X, dW> and <G, 1 dbᵀ> = <Gᵀ 1, db>.
         dtype = parameters["W"].dtype

@@ -32,6 +32,11 @@ class LinearAdapter(Adapter):
         W_OD = parameters["W"]
         return (functional.linear(x.to(W_OD.dtype), W_OD) * self.scale).to(x.dtype)
 
+    def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        # <G, s dX Wᵀ> = <s G W, dX>.
+        W_OD = parameters["W"]
+        return (g.to(W_OD.dtype) @ W_OD).mul_(self.scale).to(x.dtype)
+
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
         # Y = s X Wᵀ and dL = <G, s X dWᵀ> = <s Gᵀ X, dW>.
         dtype = parameters["W"].dtype

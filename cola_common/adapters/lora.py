@@ -38,6 +38,11 @@ class LoraAdapter(Adapter):
         # s goes onto the thin product: R numbers a row instead of O.
         return functional.linear(functional.linear(x.to(A_RD.dtype), A_RD) * self.scale, B_OR).to(x.dtype)
 
+    def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        # <G, s dX Aᵀ Bᵀ> = <s G B A, dX>.
+        A_RD, B_OR = parameters["A"], parameters["B"]
+        return ((g.to(A_RD.dtype) @ B_OR).mul_(self.scale) @ A_RD).to(x.dtype)
+
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
         # Y = s X Aᵀ Bᵀ and dL = <G, dY>. With U = s X Aᵀ and V = s G B, both N×R:
         #   <G, U dBᵀ>       = <Gᵀ U, dB>   so  ∂L/∂B = Gᵀ U

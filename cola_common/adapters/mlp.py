@@ -48,6 +48,14 @@ class MlpAdapter(Adapter):
         output = self._layer(parameters, self.last, self._inputs(parameters, x)[-1])
         return (output * self.scale).to(x.dtype)
 
+    def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        # E_0 W_0 with the errors E_i of `vjp`, one step further back.
+        inputs = self._inputs(parameters, x)
+        error = g.to(parameters["W0"].dtype) * self.scale
+        for layer in range(self.last, 0, -1):
+            error = (error @ parameters[f"W{layer}"]).mul_(inputs[layer] > 0)
+        return (error @ parameters["W0"]).to(x.dtype)
+
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
         # Z_0 = X, P_i = Z_i W_iᵀ + 1 b_iᵀ, Z_{i+1} = ρ(P_i), Y = s P_L. With E_i = ∂L/∂P_i (N rows):
         #   E_L = s G,  E_i = (E_{i+1} W_{i+1}) ⊙ ρ'(P_i),  ∂L/∂W_i = E_iᵀ Z_i,  ∂L/∂b_i = E_iᵀ 1.

@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from math import prod
 
+import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from cola_common.messages import Buffer
 
@@ -37,12 +39,8 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def values(data: Buffer, dtype: torch.dtype) -> torch.Tensor:
-    """The values in `data`, in one dimension: a view on a writable buffer, a copy of a read-only one.
+    """The values in `data`, in one dimension: a view, which must not be written to. `data` may start at any address.
 
-    torch has no read-only tensors and warns when it must make one; nobody needs to hear that for bytes that are
-    about to be widened into fresh memory. `data` may start at any address.
+    By way of DLPack, which knows read-only memory: `torch.frombuffer` does not, and warns.
     """
-    view = memoryview(data)
-    if view.nbytes == 0:  # torch.frombuffer refuses it
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)
+    return from_dlpack(np.frombuffer(data, np.uint8)).view(dtype)

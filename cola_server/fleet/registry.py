@@ -26,6 +26,7 @@ from cola_common.messages import (
     Welcome,
     payload,
 )
+from cola_common.rpc.limits import CHUNK_BYTES
 from cola_server.fleet.exchange import Exchange, WorkerLost
 from cola_server.fleet.outbox import Outbox
 from cola_server.fleet.placement import Candidate
@@ -44,8 +45,7 @@ class FleetLimits:
     """Capture bytes of a worker that are on their way or not yet accumulated."""
     buffer_bytes: int = 4 << 30
     """Capture bytes that batches may reserve for a worker; the largest batch of a job."""
-    chunk_bytes: int = 1 << 20
-    """Measured best for gRPC: smaller chunks cost calls, larger ones page faults."""
+    chunk_bytes: int = CHUNK_BYTES
 
 
 class Attendance:

@@ -2,7 +2,7 @@
 
 At a site with output h = module(x), for the rows of each job:
 
-    ĥ = h + s·f_w(x)      the adapter is part of the graph, so that the backward pass runs through it too;
+    ĥ = h + s·f_w(x)      the backward pass runs through the adapter too, by its `pull`;
     ĥ = h                 if the job is merged: its adapter already is in the module's weight;
     ĥ = f_w(x)            at a classification head, which is the job's own.
 
@@ -79,7 +79,6 @@ class Taps:
         self._module = module
         self.cohort = tuple(cohort)
         self._length = length
-        self._capture = capture
         self._tapped: dict[str, _Tapped] = {}
         for number, member in enumerate(cohort):
             of_member = zip(member.adapter.sites, member.adapter.adapters, member.adapter.parameters, strict=True)
@@ -123,11 +122,8 @@ class Taps:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> torch.Tensor:
             x = args[0]
             self._check(tapped, x)
-            adapted = self._adapted(tapped, x, h)
-            if not self._capture:
-                return adapted
-            tap: torch.Tensor = _Tap.apply(self._root, adapted, x, self, tapped)  # type: ignore[no-untyped-call]
-            return tap
+            adapted: torch.Tensor = _Tap.apply(self._root, h, x, self, tapped)  # type: ignore[no-untyped-call]
+            return adapted
 
         return hook
 
@@ -144,11 +140,11 @@ class Taps:
             problem = f"shape {tuple(x.shape)} where the probe found {site.layout}"
             raise ColaError(Reason.UNKNOWN_LAYOUT, site=site.name, problem=problem)
 
-    def _adapted(self, tapped: _Tapped, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def adapted(self, tapped: _Tapped, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """ĥ of all members."""
         if len(self.cohort) == 1:
             return self._output(tapped.pieces[0], x, h)
-        # split, not slices: its backward pass joins the parts once instead of adding up mostly empty tensors.
-        xs, hs = (torch.split(value, self._sizes(tapped)) for value in (x, h))
+        xs, hs = (value.split_with_sizes(self._sizes(tapped)) for value in (x, h))
         outputs = [
             self._output(tapped.pieces[number], xs[number], hs[number]) if number in tapped.pieces else hs[number]
             for number in range(len(self.cohort))
@@ -156,12 +152,43 @@ class Taps:
         width = max(output.shape[-1] for output in outputs)  # heads differ in their label counts
         return torch.cat([nn.functional.pad(output, (0, width - output.shape[-1])) for output in outputs])
 
+    def pulled(self, tapped: _Tapped, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor | None:
+        """What the adapters add to the gradient in x; None where no member has one here."""
+        if len(self.cohort) == 1:
+            return self._pull(tapped.pieces[0], x, g)
+        xs, gs = (value.split_with_sizes(self._sizes(tapped)) for value in (x, g))
+        pulls = [
+            self._pull(tapped.pieces[number], xs[number], gs[number]) if number in tapped.pieces else None
+            for number in range(len(self.cohort))
+        ]
+        if all(pull is None for pull in pulls):
+            return None
+        parts = [torch.zeros_like(own) if pull is None else pull for own, pull in zip(xs, pulls, strict=True)]
+        return torch.cat(parts)
+
+    def passed(self, tapped: _Tapped, h_shape: torch.Size, g: torch.Tensor) -> torch.Tensor:
+        """The gradient in h: g, but where a head took the module's place, whose h has no part in the loss."""
+        replaced = [number for number, piece in tapped.pieces.items() if piece.adapter.replaces]
+        if not replaced:
+            return g
+        gradient = g.new_zeros(h_shape)
+        parts, gs = (value.split_with_sizes(self._sizes(tapped)) for value in (gradient, g))
+        for number, part in enumerate(parts):
+            if number not in replaced:
+                part.copy_(gs[number][..., : h_shape[-1]])
+        return gradient
+
     def _output(self, piece: _Piece, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         if piece.adapter.replaces:
             return piece.adapter.forward(piece.parameters, x)
         if self.cohort[piece.member].merged:
-            return h
-        return h + piece.adapter.forward(piece.parameters, x)
+            return h.view_as(h)
+        return piece.adapter.forward(piece.parameters, x).add_(h)
+
+    def _pull(self, piece: _Piece, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor | None:
+        if self.cohort[piece.member].merged and not piece.adapter.replaces:
+            return None  # the module's own backward pass goes through the merged weight
+        return piece.adapter.pull(piece.parameters, x, g[..., : piece.site.d_out])
 
     def _sizes(self, tapped: _Tapped) -> list[int]:
         """Lengths of the members' parts along the first dimension of what the site sees."""
@@ -191,20 +218,33 @@ class Taps:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on ĥ, which tells `taps` of (x, g) when the backward pass comes by."""
+    """ĥ from h and x for all members, as one node of the graph. Its backward pass tells `taps` of (x, g) and goes on
+    through the module (by h) and through the adapters (by x).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, root: torch.Tensor, adapted: torch.Tensor, x: torch.Tensor, taps: Taps, tapped: _Tapped
+        ctx: Any, root: torch.Tensor, h: torch.Tensor, x: torch.Tensor, taps: Taps, tapped: _Tapped
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
+        ctx.h_shape = h.shape
         ctx.taps = taps
         ctx.tapped = tapped
-        return adapted.view_as(adapted)
+        return taps.adapted(tapped, x, h)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None, None, None]:
         (g,) = gradients
         (x,) = ctx.saved_tensors
-        ctx.taps.captured(ctx.tapped, x, g)
-        return None, g if ctx.needs_input_grad[1] else None, None, None, None
+        taps, tapped = ctx.taps, ctx.tapped
+        taps.captured(tapped, x, g)
+        _, of_h, of_x, *_ = ctx.needs_input_grad
+        return (
+            None,
+            taps.passed(tapped, ctx.h_shape, g) if of_h else None,
+            taps.pulled(tapped, x, g) if of_x else None,
+            None,
+            None,
+        )

@@ -16,9 +16,9 @@ from cola_common.tensor import encode, is_finite
 from cola_server.model import Site
 from cola_server.reduce import keep
 
-FRAME_BYTES = 256 * 1024
-"""Parts are packed until a frame has as much: a stream carries about 4,000 messages a second, and a small model's sites
-are a few KiB each."""
+FRAME_BYTES = 1 << 20
+"""Parts are packed until a frame has as much. A message costs both ends about as much as half a MiB of copies, and a
+small model's sites are a few KiB each."""
 
 CAST_BEFORE_ROWS = {"bf16": torch.bfloat16}
 """Codecs that are a plain cast. It comes first, so that everything after it moves half of the bytes. (fp16 divides by a

@@ -97,6 +97,19 @@ def test_forward_and_its_gradient_in_x_equal_those_of_torchs_modules(
 
 
 @every_family
+@every_width
+@pytest.mark.parametrize("leading", [(0,), (9,), (2, 3)], ids=str)
+def test_pull_equals_autograd(family: Family, d_in: int, d_out: int, leading: tuple[int, ...]) -> None:
+    adapter = build(family, d_in, d_out)
+    parameters = random_parameters(adapter)
+    x, g = normal(*leading, d_in, seed=11).requires_grad_(), normal(*leading, d_out, seed=12)
+    (wanted,) = torch.autograd.grad(by_torch_modules(family, d_in, d_out, parameters, x), x, g)
+    torch.testing.assert_close(adapter.pull(parameters, x.detach(), g), wanted, rtol=1e-12, atol=1e-12)
+    narrow = adapter.pull(parameters, x.detach().to(torch.bfloat16), g.to(torch.bfloat16))
+    assert narrow.dtype == torch.bfloat16 and narrow.shape == x.shape
+
+
+@every_family
 def test_vjp_of_all_rows_is_the_sum_over_parts(family: Family) -> None:
     adapter = build(family, 5, 7)
     parameters = random_parameters(adapter)
