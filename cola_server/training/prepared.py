@@ -1,6 +1,7 @@
 """What a job is made of once its files are read: data, sites, plan, and where its adapter starts."""
 
 from cola_common.adapters import build
+from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Job
 from cola_common.messages import OptimizerPlan
 from cola_common.schedules import warmup_steps
@@ -33,6 +34,7 @@ class Prepared:
         )
         labels = len(self.training.label_names) if self.training.label_names else None
         self.sites = catalogue.sites(spec, labels)
+        self.without_target = self._without_target()
         self.batches = data.Batches(self.training, h.batch_size, spec.seed, h.shuffle)
         self.total_steps = data.total_steps(len(self.training.examples), h)
         self.total_batches = data.total_batches(len(self.training.examples), h)
@@ -48,6 +50,21 @@ class Prepared:
             total_steps=self.total_steps,
         )
         self.start = catalogue.start(spec, self.sites)
+
+    def _without_target(self) -> int:
+        """Examples whose targets were all cut off: they count as batches, and teach nothing.
+
+        Raises: `ColaError(INVALID_JOB)` where no example has a target left.
+        """
+        if self.base.task != "causal-lm":
+            return 0
+        labels = [e.labels for e in self.training.examples if not isinstance(e.labels, int)]
+        count = sum(all(label == data.NO_TARGET for label in of_example[1:]) for of_example in labels)
+        if count == len(labels):
+            length = self.spec.hyperparameters.max_length
+            problem = f"every example's targets are cut off at {length} tokens; raise it"
+            raise ColaError(Reason.INVALID_JOB, param="hyperparameters.max_length", problem=problem)
+        return count
 
     @property
     def pad_id(self) -> int:

@@ -51,6 +51,10 @@ class JobRun:
         job = await self._records.job()
         prepared = await asyncio.to_thread(Prepared, job, self._services.catalogue, self._services.artefacts)
         await self._records.validated(len(prepared.training.examples), prepared.total_steps)
+        if prepared.without_target:
+            length = prepared.spec.hyperparameters.max_length
+            text = f"{prepared.without_target} examples have no target left within max_length={length}."
+            await self._records.tell(text, level="warn")
         return prepared
 
     async def _attempts(self, prepared: Prepared) -> None:

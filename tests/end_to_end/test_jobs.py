@@ -1,6 +1,7 @@
 """A job's life as its user drives it: events, cancel, pause, continue from an adapter, validation, a client gone."""
 
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_the_log_says_what_happened(whole: Cluster) -> None:
         said = messages(client, job)
         assert said[:2] == ["Files validated: 16 examples, 4 steps. Queued.", "Running."]
         assert said[2].startswith("Step 1/4: training loss=")
+
+
+def test_targets_that_are_cut_off_are_told(whole: Cluster) -> None:
+    long, short = ({"prompt": " ".join(["w1"] * n), "completion": " w2 w3"} for n in (60, 4))
+    with whole.client() as client:
+        some = submit(client, rows=json.dumps(long).encode() + b"\n" + json.dumps(short).encode())
+        assert finish(client, some).status == "succeeded"
+        assert "1 examples have no target left within max_length=32." in messages(client, some)
+        none = finish(client, submit(client, rows=json.dumps(long).encode()))
+        assert none.error is not None
+        assert (none.error.code, none.error.param) == (Reason.INVALID_JOB, "hyperparameters.max_length")

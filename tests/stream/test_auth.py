@@ -9,7 +9,7 @@ import pytest
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Draining, ToServer, ToWorker
 from cola_common.rpc import auth
-from cola_common.rpc.auth import TokenAuth
+from cola_common.rpc.auth import TokenAuth, header
 from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import Duplex, StreamBroken, StreamEnded, StreamFinished
 from cola_common.rpc.fleet import Context, add_fleet, attend
@@ -67,10 +67,11 @@ async def call(address: str, kind: str, token: str | None, path: str | None = No
     async def requests() -> AsyncIterator[bytes]:
         yield b"body"
 
-    async with connect(address, token=token) as channel:
+    metadata = () if token is None else (header(token),)
+    async with connect(address) as channel:
         method = getattr(channel, kind)(path or f"/cola.v1.Jobs/{kind}")
         try:
-            made = method(requests() if kind == "stream_unary" else b"body")
+            made = method(requests() if kind == "stream_unary" else b"body", metadata=metadata)
             if kind == "unary_stream":
                 return b"".join([part async for part in made])
             return await made

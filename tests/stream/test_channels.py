@@ -10,6 +10,7 @@ import pytest
 from cola_common.errors import ColaError, Reason
 from cola_common.rpc import malloc
 from cola_common.rpc.addresses import is_loopback, split
+from cola_common.rpc.auth import header
 from cola_common.rpc.channels import connect
 from cola_common.rpc.limits import SERVER_OPTIONS
 from cola_common.rpc.status import from_rpc
@@ -73,8 +74,8 @@ def credentials() -> grpc.ServerCredentials:
 
 async def test_tls_takes_the_given_roots_and_no_others(credentials: grpc.ServerCredentials) -> None:
     async with serving(credentials) as address:
-        async with connect(address, token="t", root_certificates=TLS / "server.pem") as channel:
-            assert await channel.unary_unary("/test/Call")(b"") == b"Bearer t"
+        async with connect(address, root_certificates=TLS / "server.pem") as channel:
+            assert await channel.unary_unary("/test/Call")(b"", metadata=(header("t"),)) == b"Bearer t"
         for roots in (TLS / "other.pem", None):
             async with connect(address, root_certificates=roots) as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as failed:
