@@ -12,13 +12,14 @@ import torch
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Capture, EncodedTensor, Part
+from cola_common.rpc.limits import CHUNK_BYTES
 from cola_common.tensor import encode, is_finite
 from cola_server.model import Site
 from cola_server.reduce import keep
 
-FRAME_BYTES = 1 << 20
-"""Parts are packed until a frame has as much. A message costs both ends about as much as half a MiB of copies, and a
-small model's sites are a few KiB each."""
+FRAME_BYTES = CHUNK_BYTES
+"""Parts are packed until another would make the frame longer than one chunk of the stream. A message costs both ends
+about as much as half a MiB of copies, and a small model's sites are a few KiB each."""
 
 CAST_BEFORE_ROWS = {"bf16": torch.bfloat16}
 """Codecs that are a plain cast. It comes first, so that everything after it moves half of the bytes. (fp16 divides by a
@@ -125,12 +126,12 @@ class CapturePacker:
                 Reason.NON_FINITE_CAPTURE, tensor=part.kind, site=waiting.site.name, step=self._step, job=self._job
             )
         encoded = encode(waiting.values, self._values)
+        if self._frames[waiting.worker].nbytes + encoded.nbytes > FRAME_BYTES:
+            self._flush(waiting.worker)
         frame = self._frames[waiting.worker]
         frame.parts.append(part)
         frame.tensors.append(encoded)
         frame.nbytes += encoded.nbytes
-        if frame.nbytes >= FRAME_BYTES:
-            self._flush(waiting.worker)
 
     def _flush(self, worker: str) -> None:
         frame = self._frames[worker]
