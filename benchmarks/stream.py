@@ -7,26 +7,21 @@ median of the rounds' ratios. Run it with `python benchmarks/stream.py`; it writ
 """
 
 import asyncio
-import json
 import multiprocessing
-import os
-import platform
 import queue
 import statistics
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from operator import truediv
-from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
 
+from benchmarks.record import write_record
 from cola_common.messages import Capture, Credit, EncodedTensor, Part, ToServer, ToWorker
 from cola_common.rpc import malloc
 from cola_common.rpc.channels import connect
@@ -35,14 +30,13 @@ from cola_common.rpc.fleet import Context, add_fleet, attend
 from cola_common.rpc.limits import CHUNK_BYTES, SERVER_OPTIONS
 from cola_common.tensor import decode, encode
 
-RECORDS = Path(__file__).parent / "records"
 TARGET = 0.8  # of `decoded`
 
 WAYS = ("bare", "stream", "decoded")
 ROUNDS = 15
 REPEATS = 8  # a round sends its bytes, more than caches hold, as often as this
 CODEC = "bf16"
-FRAME_BYTES = 1 << 20  # small tensors share a capture until it is that long
+FRAME_BYTES = CHUNK_BYTES  # as the server packs: small tensors share a capture that is no longer than a chunk
 # For each case: rows of a batch, layers that are told apart, and the widths of a layer's x and g in the order of the
 # backward pass.
 CASES = {
@@ -58,10 +52,11 @@ def captures(rows: int, layers: int, widths: tuple[int, ...]) -> list[Capture]:
     made: list[Capture] = []
     frame: list[EncodedTensor] = []
     for width in widths * layers:
-        frame.append(encode(torch.randn(rows, width), CODEC))
-        if sum(tensor.nbytes for tensor in frame) >= FRAME_BYTES:
+        tensor = encode(torch.randn(rows, width), CODEC)
+        if frame and sum(t.nbytes for t in frame) + tensor.nbytes > FRAME_BYTES:
             made.append(Capture("job", 1, 0, (Part("g", 0, 0),) * len(frame), tuple(frame)))
             frame = []
+        frame.append(tensor)
     return [*made, Capture("job", 1, 0, (Part("g", 0, 0),) * len(frame), tuple(frame))]
 
 
@@ -205,35 +200,13 @@ async def measure() -> dict[str, dict[str, float]]:
     return results
 
 
-def machine() -> dict[str, str | int | None]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("grpcio", "protobuf", "torch", "xxhash")},
-    }
-
-
 def main() -> None:
     malloc.tune()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # as the worker, and no threads that spin beside what is measured
     results = asyncio.run(measure())
-    record = {
-        "benchmark": "stream",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "settings": {"rounds": ROUNDS, "codec": CODEC, "frame_bytes": FRAME_BYTES, "chunk_bytes": CHUNK_BYTES},
-        "target_ratio": TARGET,
-        "results": results,
-    }
-    path = RECORDS / f"stream-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(path)
+    settings = {"rounds": ROUNDS, "codec": CODEC, "frame_bytes": FRAME_BYTES, "chunk_bytes": CHUNK_BYTES}
+    write_record("stream", {"settings": settings, "target_ratio": TARGET, "results": results})
 
 
 if __name__ == "__main__":
