@@ -30,3 +30,8 @@ class Imported:
     """By site."""
     head: Shard | None
     """The classification head, if one was saved."""
+
+    @property
+    def parameters(self) -> dict[str, Parameters]:
+        """All of it by site, the head with the rest."""
+        return self.shards if self.head is None else {**self.shards, self.head.site: self.head.parameters}

@@ -99,8 +99,7 @@ class Catalogue:
         imported = peft_format.load(adapter)
         labels = None if imported.head is None else len(imported.head.parameters["W"])
         sites = self.sites(spec.model_copy(update={"fold": "merged"}), labels)
-        heads = {} if imported.head is None else {imported.head.site: imported.head.parameters}
-        export_merged(self.model(spec.model), sites, {**imported.shards, **heads}, folder)
+        export_merged(self.model(spec.model), sites, imported.parameters, folder)
 
     def start(self, spec: JobSpec, sites: Sequence[Site]) -> Mapping[str, Parameters] | None:
         """Where the job's adapter starts, by site, if it continues from another.
@@ -114,8 +113,7 @@ class Catalogue:
         if imported.family != sites[0].family:
             problem = f"it is {imported.family}, the job asks for {sites[0].family}"
             raise ColaError(Reason.INVALID_ADAPTER, source=source, problem=problem)
-        heads = {} if imported.head is None else {imported.head.site: imported.head.parameters}
-        return {**imported.shards, **heads}
+        return imported.parameters
 
 
 def capture_bytes(sites: Sequence[Site], values: str, *, tokens: int, examples: int) -> int:

@@ -120,9 +120,7 @@ def submit(cluster: Cluster, case: Row, file: bytes, epochs: int) -> tuple[JobSp
         (latest,) = [c for c in client.fine_tuning.jobs.checkpoints.list(job.id) if c.step_number == STEPS]
         folder = cluster.root / latest.id
         client.fine_tuning.jobs.checkpoints.download(latest.id, folder)
-    imported = peft_format.load(folder)
-    heads = {} if imported.head is None else {imported.head.site: imported.head.parameters}
-    return job.spec, {**imported.shards, **heads}
+    return job.spec, peft_format.load(folder).parameters
 
 
 def plan_of(h: Hyperparameters) -> OptimizerPlan:
