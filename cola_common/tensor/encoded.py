@@ -11,8 +11,10 @@ from cola_common.tensor.bf16 import Bf16
 from cola_common.tensor.codec import Codec
 from cola_common.tensor.fp16 import Fp16
 from cola_common.tensor.fp32 import Fp32
+from cola_common.tensor.int4 import Int4
+from cola_common.tensor.int8 import Int8
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32(), Bf16(), Fp16())}
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32(), Bf16(), Fp16(), Int8(), Int4())}
 
 CODECS: tuple[str, ...] = tuple(_CODECS)
 """The codecs that this side can write and read."""
@@ -26,9 +28,9 @@ def nbytes(codec: str, shape: tuple[int, ...]) -> int:
 def encode(tensor: torch.Tensor, codec: str) -> EncodedTensor:
     """The values of an fp32, bf16 or fp16 tensor, in a codec's bytes.
 
-    Values that are not finite stay so; see the codecs for what is lost of the others. Where the tensor already is as
-    the codec writes it (on the CPU, contiguous, of its dtype) nothing is copied: `data` is the tensor's own memory,
-    which it keeps alive and which must not change until the bytes are sent.
+    Values that are not finite stay so, with some codecs their neighbours too; see the codecs for what is lost of the
+    others. Where the tensor already is as the codec writes it (on the CPU, contiguous, of its dtype) nothing is copied:
+    `data` is the tensor's own memory, which it keeps alive and which must not change until the bytes are sent.
 
     Raises: `ColaError(UNSUPPORTED_CODEC)`.
     """
