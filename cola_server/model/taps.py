@@ -4,14 +4,18 @@ At a site with output h = module(x), for the rows of each job:
 
     ĥ = h + s·f_w(x)      the backward pass runs through the adapter too, by its `pull`;
     ĥ = h                 if the job is merged: its adapter already is in the module's weight;
-    ĥ = f_w(x)            at a classification head, which is the job's own.
+    ĥ = f_w(x)            at a classification head, which is the job's own;
+    ĥ = h + 1/K Σ_j s_j·f_j(x)   over all K members of a collaboration; ∂L/∂w of one of them is its VJP with g / K.
+
+Neighbours in the cohort whose adapters are alike and whose rows are as many are computed by one batched product.
 
 Nothing but ĥ's gradient g = ∂L/∂ĥ is needed of the backward pass: parameters, the base's and the adapters', require
 no gradient. Captures are taken in the backward pass, where also under gradient checkpointing each call is seen once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 
 from cola_common.adapters import Adapter, Parameters
+from cola_common.adapters.stacked import Stack, alike, stack
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Calls
 from cola_server.model.adapted import JobAdapter
@@ -50,6 +55,8 @@ class Member:
     """How many those are."""
     sink: Sink | None
     """None where nothing is captured."""
+    group: str | None = None
+    """The collaboration that it belongs to: all of its members are in the cohort, next to each other."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,25 @@ class _Tapped:
 
     pieces: dict[int, _Piece] = field(default_factory=dict)
     """By member."""
+    runs: list["_Run"] = field(default_factory=list)
+    """All members in their order."""
     calls: int = 0
     """That the backward pass has met so far."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Members next to each other that are treated alike at a site."""
+
+    start: int
+    stop: int
+    """Along the first dimension of what the site sees."""
+    pieces: Sequence[_Piece]
+    """None: these members have no adapter here that is not merged."""
+    stack: Stack | None = None
+    """Of the pieces, a job's rows each; None: all rows go through every piece."""
+    share: float = 1.0
+    """Of each piece: 1/K in a collaboration."""
 
 
 class Taps:
@@ -85,6 +109,12 @@ class Taps:
             for site, adapter, parameters in of_member:
                 tapped = self._tapped.setdefault(site.name, _Tapped())
                 tapped.pieces[number] = _Piece(number, site, adapter, parameters)
+        self._shares = {
+            member.group: 1 / sum(other.group == member.group for other in cohort) for member in cohort if member.group
+        }
+        if len(cohort) > 1:
+            for tapped in self._tapped.values():
+                tapped.runs = self._runs(tapped)
         # The graph starts where this enters it, at the first site: nothing below is differentiated.
         self._root = torch.zeros((), requires_grad=capture)
         self._inputs: dict[tuple[int, int, int], int] = {}
@@ -144,27 +174,73 @@ class Taps:
         """ĥ of all members."""
         if len(self.cohort) == 1:
             return self._output(tapped.pieces[0], x, h)
-        xs, hs = (value.split_with_sizes(self._sizes(tapped)) for value in (x, h))
-        outputs = [
-            self._output(tapped.pieces[number], xs[number], hs[number]) if number in tapped.pieces else hs[number]
-            for number in range(len(self.cohort))
-        ]
-        width = max(output.shape[-1] for output in outputs)  # heads differ in their label counts
-        return torch.cat([nn.functional.pad(output, (0, width - output.shape[-1])) for output in outputs])
+        # A head's labels are its job's: the widest of them makes the width of all.
+        width = max(piece.site.d_out if piece.adapter.replaces else h.shape[-1] for piece in tapped.pieces.values())
+        out = h.new_zeros(*h.shape[:-1], width) if width > h.shape[-1] else torch.empty_like(h)
+        for run in tapped.runs:
+            self._run_forward(run, x[run.start : run.stop], h[run.start : run.stop], out[run.start : run.stop])
+        return out
 
     def pulled(self, tapped: _Tapped, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor | None:
         """What the adapters add to the gradient in x; None where no member has one here."""
         if len(self.cohort) == 1:
             return self._pull(tapped.pieces[0], x, g)
-        xs, gs = (value.split_with_sizes(self._sizes(tapped)) for value in (x, g))
-        pulls = [
-            self._pull(tapped.pieces[number], xs[number], gs[number]) if number in tapped.pieces else None
-            for number in range(len(self.cohort))
-        ]
-        if all(pull is None for pull in pulls):
+        if not any(run.pieces for run in tapped.runs):
             return None
-        parts = [torch.zeros_like(own) if pull is None else pull for own, pull in zip(xs, pulls, strict=True)]
-        return torch.cat(parts)
+        out = torch.empty_like(x)
+        for run in tapped.runs:
+            self._run_pull(run, x[run.start : run.stop], g[run.start : run.stop], out[run.start : run.stop])
+        return out
+
+    def _runs(self, tapped: _Tapped) -> list[_Run]:
+        starts = [0, *accumulate(self._sizes(tapped))]
+        runs: list[_Run] = []
+        for key, members in groupby(range(len(self.cohort)), lambda number: self._kind(tapped, number)):
+            numbers = list(members)
+            start, stop = starts[numbers[0]], starts[numbers[-1] + 1]
+            pieces = [tapped.pieces[number] for number in numbers if number in tapped.pieces]
+            group = self.cohort[numbers[0]].group
+            if key is None or not pieces:
+                runs.append(_Run(start, stop, []))
+            elif group is not None:
+                runs.append(_Run(start, stop, pieces, share=self._shares[group]))
+            elif len(pieces) > 1:
+                stacked = stack([piece.adapter for piece in pieces], [piece.parameters for piece in pieces])
+                runs.append(_Run(start, stop, pieces, stacked))
+            else:
+                runs.append(_Run(start, stop, pieces))
+        return runs
+
+    def _kind(self, tapped: _Tapped, number: int) -> Hashable | None:
+        """Neighbours of one kind make a run; None: nothing is added to their rows."""
+        member, piece = self.cohort[number], tapped.pieces.get(number)
+        if member.group is not None and not (piece is not None and piece.adapter.replaces):
+            return "group", member.group
+        if piece is None or (member.merged and not piece.adapter.replaces):
+            return None
+        kind = alike(piece.adapter)
+        return ("alone", number) if kind is None else ("stack", kind, member.examples)
+
+    def _run_forward(self, run: _Run, x: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> None:
+        if run.stack is not None:
+            count = len(run.pieces)
+            run.stack.add(_by_job(h, count), _by_job(x, count), _by_job(out, count))
+        elif len(run.pieces) == 1 and run.pieces[0].adapter.replaces:
+            output = run.pieces[0].adapter.forward(run.pieces[0].parameters, x)
+            out[..., : output.shape[-1]] = output
+        else:
+            out[..., : h.shape[-1]] = h
+            for piece in run.pieces:
+                out.add_(piece.adapter.forward(piece.parameters, x), alpha=run.share)
+
+    def _run_pull(self, run: _Run, x: torch.Tensor, g: torch.Tensor, out: torch.Tensor) -> None:
+        if run.stack is not None:
+            count = len(run.pieces)
+            run.stack.pull(_by_job(x, count), _by_job(g, count), _by_job(out, count))
+            return
+        out.zero_()
+        for piece in run.pieces:
+            out.add_(piece.adapter.pull(piece.parameters, x, g[..., : piece.site.d_out]), alpha=run.share)
 
     def passed(self, tapped: _Tapped, h_shape: torch.Size, g: torch.Tensor) -> torch.Tensor:
         """The gradient in h: g, but where a head took the module's place, whose h has no part in the loss."""
@@ -208,13 +284,21 @@ class Taps:
             assert member.sink is not None, "a captured batch has somewhere to go"
             self._check_shared(number, piece.site, call, x)
             rows = None if piece.site.layout == "examples" else member.rows
-            member.sink.capture(piece.site, call, xs[number], gs[number][..., : piece.site.d_out], rows)
+            g_of_member = gs[number][..., : piece.site.d_out]
+            if member.group is not None and not piece.adapter.replaces:
+                g_of_member = g_of_member * self._shares[member.group]
+            member.sink.capture(piece.site, call, xs[number], g_of_member, rows)
 
     def _check_shared(self, number: int, site: Site, call: int, x: torch.Tensor) -> None:
         """As x is sent once for a group and call: the sites of a group must meet the same one."""
         if self._inputs.setdefault((number, site.group, call), x.data_ptr()) != x.data_ptr():
             problem = "it does not share its input as the probe found"
             raise ColaError(Reason.UNKNOWN_LAYOUT, site=site.name, problem=problem)
+
+
+def _by_job(values: torch.Tensor, count: int) -> torch.Tensor:
+    """(J·B, …, width) as (J, rows, width)."""
+    return values.reshape(count, -1, values.shape[-1])
 
 
 class _Tap(torch.autograd.Function):
