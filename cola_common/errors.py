@@ -24,6 +24,7 @@ class Reason(StrEnum):
     UNKNOWN_FILE = "UNKNOWN_FILE"
     UNKNOWN_JOB = "UNKNOWN_JOB"
     UNKNOWN_CHECKPOINT = "UNKNOWN_CHECKPOINT"
+    UNKNOWN_WORKER = "UNKNOWN_WORKER"
     RANK_TOO_LARGE = "RANK_TOO_LARGE"
     UNKNOWN_LAYOUT = "UNKNOWN_LAYOUT"
     TIED_WEIGHTS = "TIED_WEIGHTS"
@@ -39,6 +40,9 @@ class Reason(StrEnum):
     CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     STALE_EPOCH = "STALE_EPOCH"
+    STATE_MISSING = "STATE_MISSING"
+    BASE_MODEL_CHANGED = "BASE_MODEL_CHANGED"
+    STORAGE_FULL = "STORAGE_FULL"
     PROTOCOL_VERSION = "PROTOCOL_VERSION"
     PROTOCOL_VIOLATION = "PROTOCOL_VIOLATION"
     UNSUPPORTED_CODEC = "UNSUPPORTED_CODEC"
@@ -80,6 +84,7 @@ CATALOGUE: dict[Reason, Entry] = {
     Reason.UNKNOWN_FILE: Entry("NOT_FOUND", "no file {file!r}"),
     Reason.UNKNOWN_JOB: Entry("NOT_FOUND", "no job {job!r}"),
     Reason.UNKNOWN_CHECKPOINT: Entry("NOT_FOUND", "no checkpoint {checkpoint!r}"),
+    Reason.UNKNOWN_WORKER: Entry("NOT_FOUND", "no worker {worker!r} attends"),
     Reason.RANK_TOO_LARGE: Entry(
         "INVALID_ARGUMENT", "r={r} is larger than site {site} allows ({d_in} in, {d_out} out)"
     ),
@@ -113,6 +118,15 @@ CATALOGUE: dict[Reason, Entry] = {
         "DATA_LOSS", "server and worker hold different parameters of job {job} after step {step}"
     ),
     Reason.STALE_EPOCH: Entry("FAILED_PRECONDITION", "epoch {epoch} of job {job} is over; it is at epoch {current}"),
+    Reason.STATE_MISSING: Entry(
+        "FAILED_PRECONDITION", "the state of shard {site} of job {job} at step {step} is not here"
+    ),
+    Reason.BASE_MODEL_CHANGED: Entry(
+        "FAILED_PRECONDITION",
+        "model {model!r} is another one now: job {job} began on {began}, here is {current}; "
+        "start the server with the model that the job began on",
+    ),
+    Reason.STORAGE_FULL: Entry("RESOURCE_EXHAUSTED", "{file}: no space left; make room, then resume the job"),
     Reason.PROTOCOL_VERSION: Entry(
         "FAILED_PRECONDITION", "peer speaks protocol {theirs}, this side {ours}; upgrade the older one"
     ),

@@ -73,7 +73,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """A shard on the worker's disk, after `step` steps, with the digest of its state."""
+    """A shard on the worker's disk, after `step` steps, with the digest of its parameters and optimizer state."""
 
     job: str
     site: str
@@ -135,6 +135,25 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """The worker's half of a snapshot: the optimizer state of its shards of a job, after `step` steps.
+
+    `names` are (shard index, `<parameter>.<entry>`) of each tensor in `tensors`, fp32; a shard that was never stepped
+    has none.
+    """
+
+    job: str
+    epoch: int
+    step: int
+    names: tuple[tuple[int, str], ...]
+    digests: tuple[tuple[int, str], ...]
+    """(shard index, digest of parameters and optimizer state) of each of the worker's shards."""
+    kept: bool
+    """Whether the same state lies on the worker's disk now."""
+    tensors: tuple[EncodedTensor, ...]
+
+
+@dataclass(frozen=True)
 class Draining:
     """The worker wants to leave: no new Assign, please, and a Goodbye once its jobs have gone."""
 
@@ -185,7 +204,8 @@ class ShardPlan:
 class Assign:
     """From now on the worker owns these shards of `job`, at version `step`, under `epoch`.
 
-    `names` and `tensors` are their fp32 parameters, (shard index, parameter name) each.
+    `names` and `tensors` are their fp32 parameters, (shard index, parameter name) each, and behind all of them the
+    optimizer state, (shard index, `<parameter>.<entry>`), of those shards whose state the worker does not own.
     """
 
     job: str
@@ -197,6 +217,8 @@ class Assign:
     max_rows: int
     """No capture has more rows: the bound of every buffer that the worker takes for this job."""
     shards: tuple[ShardPlan, ...]
+    digests: tuple[tuple[int, str], ...]
+    """(shard index, digest of parameters and optimizer state) as the snapshot has it; none where a job begins."""
     names: tuple[tuple[int, str], ...]
     tensors: tuple[EncodedTensor, ...]
 
@@ -270,8 +292,17 @@ class Ack:
 
 
 @dataclass(frozen=True)
+class SnapshotRequest:
+    """Asks for a `Snapshot` of the job as it is after `step` steps: now, before the next capture."""
+
+    job: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Revoke:
-    """The worker owns no shard of `job` any more. `keep`: it may still be asked to go on from them."""
+    """The worker owns no shard of `job` any more. `keep`: it may still be asked to go on from its last snapshot."""
 
     job: str
     epoch: int
@@ -284,11 +315,24 @@ class Drain:
     """The server asks the worker to leave."""
 
 
-ToServer = Hello | Heartbeat | Credit | Norm | Delta | Refusal | Draining | Goodbye
-ToWorker = Welcome | Assign | Capture | StepEnd | NormTotal | Ack | Revoke | Refusal | Heartbeat | Drain | Goodbye
+ToServer = Hello | Heartbeat | Credit | Norm | Delta | Snapshot | Refusal | Draining | Goodbye
+ToWorker = (
+    Welcome
+    | Assign
+    | Capture
+    | StepEnd
+    | NormTotal
+    | Ack
+    | SnapshotRequest
+    | Revoke
+    | Refusal
+    | Heartbeat
+    | Drain
+    | Goodbye
+)
 Message = ToServer | ToWorker
 
 
 def payload(message: Message) -> tuple[EncodedTensor, ...]:
     """The tensors that a message carries, none for most."""
-    return message.tensors if isinstance(message, Assign | Capture | Delta) else ()
+    return message.tensors if isinstance(message, Assign | Capture | Delta | Snapshot) else ()

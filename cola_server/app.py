@@ -2,8 +2,8 @@
 
 Start: listen, then import torch and load the models while workers are let in and early calls wait, then go on with
 unfinished jobs.
-Stop: running jobs end at once and keep their status; workers hear Goodbye; calls get a grace; the numerics thread
-ends; store and artefacts close. A second signal ends the process.
+Stop: running jobs take a snapshot at their next step and keep their status; workers hear Goodbye; calls get a grace;
+the numerics thread ends; store and artefacts close. A second signal ends the process.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from cola_server.training.numerics import Numerics
 
 log = structlog.get_logger(__name__)
 
+HEARTBEATS = 5  # in a lease: one that is late, or two, cost no worker its jobs
 GRACE_SECONDS = 2.0  # for client calls under way: event streams never end by themselves
 
 
@@ -31,7 +32,14 @@ async def run(config: ServerConfig) -> None:
     configure(config.log_format)
     tune()
     stop = _stop_signal()
-    fleet = Fleet(FleetLimits(window_bytes=config.window_bytes, buffer_bytes=config.buffer_bytes))
+    fleet = Fleet(
+        FleetLimits(
+            lease_seconds=config.lease_seconds,
+            heartbeat_seconds=config.lease_seconds / HEARTBEATS,
+            window_bytes=config.window_bytes,
+            buffer_bytes=config.buffer_bytes,
+        )
+    )
     backend = Pending()
     numerics = Numerics()
     tokens = config.tokens()
@@ -54,7 +62,7 @@ async def run(config: ServerConfig) -> None:
             log.info("serving", address=address, models=sorted(config.models))
             await stop.wait()
             log.info("stopping")
-            await core.let_go()
+            await core.drain()
             fleet.close()
             await listener.stop(GRACE_SECONDS)
         finally:
@@ -68,8 +76,11 @@ async def run(config: ServerConfig) -> None:
 def _publish(data_dir: Path, address: str) -> None:
     """Tells who starts servers on port 0 where this one is; whoever reads the file reads all of it."""
     partial = data_dir / "address.partial"
-    partial.write_text(address)
-    partial.rename(data_dir / "address")
+    try:
+        partial.write_text(address)
+        partial.rename(data_dir / "address")
+    except OSError as error:  # a full disk pauses jobs; it does not keep the server from telling them so
+        log.warning("the address is not written down", file=str(data_dir / "address"), error=str(error))
 
 
 def _stop_signal() -> asyncio.Event:

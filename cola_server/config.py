@@ -15,6 +15,7 @@ from pydantic_settings import (
 
 from cola_common.errors import ColaError, Reason
 from cola_common.rpc.addresses import is_loopback
+from cola_common.rpc.limits import CHUNK_BYTES
 
 
 class ServerConfig(BaseSettings):
@@ -36,7 +37,17 @@ class ServerConfig(BaseSettings):
     """Threads of the numerics; torch's own choice where not given."""
     split_jobs: int = Field(default=1, ge=1)
     """Workers that each job's shards are dealt out to."""
-    window_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    max_running_jobs: int = Field(default=8, ge=1)
+    """Jobs that train at once; the others wait in line."""
+    snapshot_steps: int = Field(default=50, ge=0)
+    """A job's snapshot is due after so many steps; 0 takes none but for planned moves."""
+    snapshot_seconds: float = Field(default=60.0, gt=0)
+    """… or after so much work."""
+    snapshot_ratio: float = Field(default=0.1, ge=0)
+    """… or as soon as snapshots stay below this part of the job's bytes."""
+    lease_seconds: float = Field(default=10.0, ge=1.0)
+    """Silence after which a worker is lost."""
+    window_bytes: int = Field(default=256 << 20, ge=CHUNK_BYTES)
     """Capture bytes that may be on their way to a worker or not yet accumulated by it."""
     buffer_bytes: int = Field(default=4 << 30, ge=1 << 20)
     """Capture bytes that batches may reserve for a worker: the largest batch that a job may have."""

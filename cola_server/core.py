@@ -11,6 +11,7 @@ from cola_server.config import ServerConfig
 from cola_server.fleet import Fleet
 from cola_server.jobs import Artefacts, JobService, JobStore
 from cola_server.model import load
+from cola_server.training.cadence import SnapshotLimits
 from cola_server.training.catalogue import Catalogue
 from cola_server.training.numerics import Numerics
 from cola_server.training.queue import JobQueue
@@ -58,21 +59,32 @@ class Core:
             buffer_bytes=config.buffer_bytes,
             window_bytes=config.window_bytes,
         )
-        services = Services(store, self._artefacts, catalogue, self._fleet, self._numerics, config.split_jobs)
+        services = Services(
+            store,
+            self._artefacts,
+            catalogue,
+            self._fleet,
+            self._numerics,
+            split=config.split_jobs,
+            snapshots=SnapshotLimits(config.snapshot_steps, config.snapshot_seconds, config.snapshot_ratio),
+            max_running_jobs=config.max_running_jobs,
+        )
         queue = self._queue = JobQueue(services)
         jobs = JobService(store, self._artefacts, catalogue, queue)
         await asyncio.to_thread(jobs.recover)
         gc.freeze()  # modules and models live as long as the process: the collector need not walk them at every step
         return jobs
 
-    async def let_go(self) -> None:
-        """Ends running jobs, which keep their status."""
+    async def drain(self) -> None:
+        """Ends running jobs, at a snapshot where that is soon enough; they keep their status."""
         if self._queue is not None:
+            await self._queue.drain()
             await self._queue.close()
 
     async def close(self) -> None:
         """Waits for the numerics thread, then closes what it writes to."""
-        await self.let_go()
+        if self._queue is not None:
+            await self._queue.close()
         await asyncio.to_thread(self._numerics.close)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)

@@ -1,5 +1,6 @@
 """What an assignment says that the worker will be sent: the bound of every buffer, known before memory is taken."""
 
+from cola_common import ids
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Assign, Capture, EncodedTensor, Part, ToWorker
@@ -15,6 +16,8 @@ class Expected:
     """
 
     def __init__(self, assign: Assign) -> None:
+        if not ids.valid("ftjob", assign.job):
+            raise violation(f"{assign.job!r} is no job id")
         if assign.values not in CODECS:
             raise ColaError(Reason.UNSUPPORTED_CODEC, codec=assign.values, known=", ".join(CODECS))
         self.epoch = assign.epoch
@@ -26,7 +29,7 @@ class Expected:
                 raise violation(f"group {shard.group} has inputs of two widths")
         self.largest_bytes = max((nbytes(self._codec, (self._max_rows, w)) for w in self._widths.values()), default=0)
         """Of one tensor of a capture."""
-        self.parameter_bytes = sum(t.nbytes for t in assign.tensors)
+        self.state_bytes = sum(t.nbytes for t in assign.tensors)
         self._check_parameters(assign)
 
     def check(self, capture: Capture) -> None:
@@ -48,12 +51,20 @@ class Expected:
         shapes = {s.index: build(s.family, s.d_in, s.d_out).shapes() for s in assign.shards}
         expected = [(index, name, shape) for index, of_shard in shapes.items() for name, shape in of_shard.items()]
         sent = [(*name, tensor.shape) for name, tensor in zip(assign.names, assign.tensors, strict=False)]
-        if len(shapes) != len(assign.shards) or len(assign.names) != len(assign.tensors) or sent != expected:
+        count = len(expected)
+        if len(shapes) != len(assign.shards) or len(assign.names) != len(assign.tensors) or sent[:count] != expected:
             raise violation("an assignment's tensors are not its shards' parameters")
+        if len(set(assign.names)) != len(sent):
+            raise violation("an assignment's tensors have one name twice")
+        for index, entry, shape in sent[count:]:
+            parameter, _, of_optimizer = entry.rpartition(".")
+            whole = shapes.get(index, {}).get(parameter)
+            if not of_optimizer or whole is None or shape not in ((), whole):
+                raise violation(f"{entry} of shard {index} is no optimizer state")
         for (index, name), tensor in zip(assign.names, assign.tensors, strict=True):
             if tensor.codec != "fp32":
-                raise violation(f"parameter {name} of shard {index} is {tensor.codec}, not fp32")
-            _check_size(f"parameter {name} of shard {index}", tensor)
+                raise violation(f"{name} of shard {index} is {tensor.codec}, not fp32")
+            _check_size(f"{name} of shard {index}", tensor)
 
 
 class Admission:
@@ -72,8 +83,8 @@ class Admission:
         """Raises: `ColaError` (STALE_EPOCH, PROTOCOL_VIOLATION, UNSUPPORTED_CODEC) for what must not be read."""
         if isinstance(message, Assign):
             expected = Expected(message)
-            if expected.parameter_bytes > self._memory:
-                raise violation(f"{expected.parameter_bytes} bytes of parameters for {self._memory} bytes of memory")
+            if expected.state_bytes > self._memory:
+                raise violation(f"{expected.state_bytes} bytes of state for {self._memory} bytes of memory")
             self._jobs[message.job] = expected
         elif isinstance(message, Capture):
             current = self._jobs.get(message.job)

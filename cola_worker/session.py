@@ -1,6 +1,8 @@
 """One connected life of a worker: from Hello to a Goodbye, or to a stream that breaks."""
 
 import asyncio
+import math
+import time
 from contextlib import suppress
 
 import structlog
@@ -17,22 +19,24 @@ from cola_common.messages import (
     NormTotal,
     Refusal,
     Revoke,
+    SnapshotRequest,
     StepEnd,
     ToServer,
     ToWorker,
     Welcome,
 )
-from cola_common.rpc.duplex import Duplex, MessageRefused, StreamClosed, StreamFinished
+from cola_common.rpc.duplex import Duplex, MessageRefused, StreamBroken, StreamClosed, StreamFinished
 from cola_common.rpc.limits import MAX_MESSAGE_BYTES
 from cola_worker.expected import Admission, violation
 from cola_worker.shards import Shards
 from cola_worker.thread import TrainerThread
-from cola_worker.trainer import Trainer, refuse
+from cola_worker.trainer import ToTrainer, Trainer, refuse
 
 WELCOME_SECONDS = 10.0  # a server that takes a stream and then says nothing is no server
 DRAIN_SECONDS = 20.0  # for the server to move the jobs: with the two below it stays within an orchestrator's usual 30
 GOODBYE_SECONDS = 1.0
-STOP_SECONDS = 8.0  # for the message that is worked on, and for writing what is kept
+STOP_SECONDS = 8.0  # for the message that is worked on, where the process is to end
+HANG_SECONDS = 60.0  # for the same where it is not: as long as a server waits, who must not be lost for being slow
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +51,8 @@ class Session:
         self._shards = shards
         self._outgoing: asyncio.Queue[ToServer] = asyncio.Queue()
         self._leaving = asyncio.Event()
+        self._listened = 0.0
+        """Since when this side has taken what the server says; infinity while it does not."""
 
     @property
     def draining(self) -> bool:
@@ -60,7 +66,8 @@ class Session:
     async def run(self) -> None:
         """Returns when the server has said Goodbye, or when the worker has left.
 
-        Raises: `StreamBroken`; `ColaError(PROTOCOL_VIOLATION)` for a server that cannot be followed;
+        Raises: `StreamBroken`, also where nothing was heard from the server for the lease, when it has given the jobs
+        to others; `ColaError(PROTOCOL_VIOLATION)` for a server that cannot be followed;
         `ColaError(INTERNAL)` when the trainer hangs, after which only another process can go on.
         """
         try:
@@ -98,12 +105,14 @@ class Session:
                 tasks.create_task(self._write())
                 tasks.create_task(self._beat(welcome.heartbeat_seconds, thread))
                 tasks.create_task(self._leave())
+                tasks.create_task(self._fence(welcome.lease_seconds))
                 tasks.create_task(_watch(thread))
                 await self._read(admission, thread)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None  # the first to fail is the reason; it ended the others
         finally:
-            if not await thread.stop(STOP_SECONDS):
+            self._duplex.close()  # the server need not wait for the trainer to know
+            if not await self._stop(thread):
                 raise ColaError(Reason.INTERNAL, problem="the trainer hangs; start this worker anew")
 
     async def _read(self, admission: Admission, thread: TrainerThread) -> None:
@@ -116,17 +125,22 @@ class Session:
             match message:
                 case Revoke():
                     admission.forget(message.job, message.epoch)
-                    await thread.put(message)
-                case Assign() | Capture() | StepEnd() | NormTotal() | Ack():
-                    await thread.put(message)
+                    await self._hand(message, thread)
+                case Assign() | Capture() | StepEnd() | NormTotal() | Ack() | SnapshotRequest():
+                    await self._hand(message, thread)
                 case Refusal():
                     log.warning("the server refused", job=message.job, reason=message.reason, problem=message.message)
                 case Drain():
                     self.drain()
                 case Heartbeat():
-                    pass  # gRPC's own pings watch the connection
+                    pass  # it was heard
                 case _:
                     raise violation(f"an unexpected {type(message).__name__}")
+
+    async def _hand(self, message: ToTrainer, thread: TrainerThread) -> None:
+        self._listened = math.inf  # a trainer that is behind makes a server wait that has much to say
+        await thread.put(message)
+        self._listened = time.monotonic()
 
     def _refuse(self, refused: MessageRefused) -> None:
         """Answers in the trainer's place to what it will not see."""
@@ -143,6 +157,15 @@ class Session:
             await self._duplex.send(Heartbeat(thread.progress, thread.busy_seconds))
             await asyncio.sleep(seconds)
 
+    async def _fence(self, seconds: float) -> None:
+        """Ends the session when the lease is over. What the server would still be told then is of no use to it."""
+        while True:
+            left = max(self._duplex.heard, self._listened) + seconds - time.monotonic()
+            if left <= 0:
+                problem = f"it was silent for {seconds:g} s"
+                raise StreamBroken(ColaError(Reason.UNAVAILABLE, address="the server", problem=problem))
+            await asyncio.sleep(min(left, seconds))
+
     async def _leave(self) -> None:
         await self._leaving.wait()
         log.info("draining")
@@ -154,6 +177,15 @@ class Session:
                 await self._duplex.goodbye("drained")
                 await asyncio.sleep(GOODBYE_SECONDS)
         self._duplex.close()
+
+    async def _stop(self, thread: TrainerThread) -> bool:
+        """Returns: whether the trainer has ended, in the time that there is."""
+        stopping = asyncio.ensure_future(thread.stop(HANG_SECONDS))
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        await asyncio.wait({stopping, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        await asyncio.wait({stopping}, timeout=STOP_SECONDS)
+        return thread.ended.done()
 
 
 async def _watch(thread: TrainerThread) -> None:

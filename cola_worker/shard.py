@@ -10,6 +10,12 @@ from cola_common.errors import ColaError, Reason
 from cola_common.messages import EncodedTensor, OptimizerPlan, ShardPlan
 from cola_common.tensor import decode, digest, encode
 
+_ENTRIES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
+"""What torch keeps for a parameter that it has stepped; `step` is a number, the rest as large as the parameter."""
+
 
 class Shard:
     """Parameters and optimizer state are fp32 on the CPU; `parameters` must be this object's own."""
@@ -51,11 +57,21 @@ class Shard:
             if isinstance(value, torch.Tensor)  # SGD without momentum keeps a None
         }
 
+    def state_digest(self) -> str:
+        """Of parameters and optimizer state together: what a snapshot proves."""
+        return digest.state({**self.parameters, **self.optimizer_state()})
+
     def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from what `optimizer_state` returned; the tensors become this object's own."""
-        for key, value in state.items():
-            name, entry = key.rsplit(".", 1)
-            self._optimizer.state[self.parameters[name]][entry] = value
+        """Goes on from what `optimizer_state` returned; the tensors become this object's own.
+
+        Raises: `ColaError(PROTOCOL_VIOLATION)` for what is no state of this optimizer.
+        """
+        for name, p in self.parameters.items():
+            entries = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
+            shapes = {entry: () if entry == "step" else p.shape for entry in _ENTRIES[type(self._optimizer)]}
+            if entries and {entry: value.shape for entry, value in entries.items()} != shapes:
+                raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{sorted(entries)} is no state of this optimizer")
+            self._optimizer.state[p].update(entries)
 
 
 def _optimizer(parameters: Parameters, plan: OptimizerPlan) -> torch.optim.Optimizer:

@@ -1,11 +1,10 @@
-"""What a worker keeps on disk: the optimizer state of its shards, with the digest of the parameters that it belongs to.
+"""What a worker keeps on disk: its shards' optimizer state as of a job's last snapshot, with the digest of the whole.
 
-A shard's parameters always come with its `Assign`; only the optimizer's state is nowhere but here. It is taken up
-again at the same step of the same parameters, and at no other.
+It is a cache: the server's snapshots hold the same, and what is kept here saves the way. A shard's parameters always
+come with its `Assign`; the optimizer's state is taken up from here at the same step of the same state, and at no other.
 """
 
 import hashlib
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -50,11 +49,14 @@ class Shards:
         kept = (_read(path) for path in sorted(self._folder.glob("*/*.safetensors"))[:OFFERED])
         return tuple(k.about for k in kept if k is not None)
 
-    def restore(self, job: str, step: int, shard: Shard) -> bool:
-        """Gives a shard that was just assigned at `step` its optimizer state. Returns: whether it was here."""
+    def restore(self, job: str, step: int, shard: Shard, state: str) -> bool:
+        """Gives a shard that was just assigned at `step` the optimizer state that makes its digest `state`.
+
+        Returns: whether it was here.
+        """
         path = self._path(job, shard.plan.site)
         kept = _read(path) if path.exists() else None
-        if kept is None or kept.about != OwnedShard(job, shard.plan.site, step, digest.state(shard.parameters)):
+        if kept is None or kept.about != OwnedShard(job, shard.plan.site, step, state):
             return False
         shard.take_up(kept.state)
         return True
@@ -66,7 +68,7 @@ class Shards:
             "job": job,
             "site": shard.plan.site,
             "step": str(step),
-            "digest": digest.state(shard.parameters),
+            "digest": shard.state_digest(),
             "checksum": digest.state(state),
         }
         path = self._path(job, shard.plan.site)
@@ -112,15 +114,7 @@ def _read(path: Path) -> _Kept | None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write, fsync, rename, fsync of the folder: after a crash the file is the old one or the new one."""
+    """A file is the old one or the new one. It is not synced: one that a power cut damages fails its checksum."""
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_bytes(data)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,7 +1,6 @@
 """A worker's life across connections: attends, and attends again, until it is to leave or is not wanted."""
 
 import asyncio
-import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 
@@ -11,11 +10,9 @@ from cola_common.errors import ColaError, Reason
 from cola_common.messages import PROTOCOL, Capacity, Hello, ToServer, ToWorker
 from cola_common.rpc.duplex import Duplex, StreamBroken
 from cola_common.tensor import CODECS
+from cola_worker.backoff import wait_seconds
 from cola_worker.session import Session
 from cola_worker.shards import Shards
-
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 4.0  # a server that is back is served within 5 s, and a thousand workers do not come at once
 
 FINAL = frozenset(
     {
@@ -56,8 +53,7 @@ class Supervisor:
         failures = 0
         while not self._leaving.is_set():
             failures = 0 if await self._attend() else failures + 1
-            # Full jitter: workers that lost a server together must not come back together.
-            seconds = random.uniform(0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**failures))  # noqa: S311
+            seconds = wait_seconds(failures)
             if not self._leaving.is_set():
                 log.info("trying again", seconds=round(seconds, 2))
             with suppress(TimeoutError):

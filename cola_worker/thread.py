@@ -49,7 +49,7 @@ class TrainerThread:
         self._queue.put(message)
 
     async def stop(self, seconds: float) -> bool:
-        """Lets the message that is worked on end, and keeps the jobs' state on disk.
+        """Lets the message that is worked on end.
 
         Of the messages that wait, those that take a job away are still followed. The others ask for answers, and there
         is nobody left to have them.
@@ -75,7 +75,6 @@ class TrainerThread:
                 self._busy_since = None
                 self._loop.call_soon_threadsafe(self._finished, _size(message), answers)
                 del message, answers  # a capture's buffer is not to live until the next message comes
-            self._trainer.close()
         except BaseException as raised:  # noqa: BLE001 - nothing is swallowed: whoever awaits `ended` gets it
             error = raised
         self._loop.call_soon_threadsafe(self._end, error)

@@ -6,6 +6,9 @@ A job's messages under one epoch come in this order, for each of its batches:
     -> Norm <- NormTotal                          where the job clips
     -> Delta <- Ack
 
+and, where the server wants one, behind an Ack:
+    SnapshotRequest -> Snapshot
+
 Whatever contradicts that order is refused, and the server starts the job's next epoch.
 """
 
@@ -16,7 +19,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from cola_common import schedules
+from cola_common import failpoints, schedules
 from cola_common.adapters.base import Parameters
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import (
@@ -25,14 +28,17 @@ from cola_common.messages import (
     Capture,
     Credit,
     Delta,
+    EncodedTensor,
     Norm,
     NormTotal,
     Refusal,
     Revoke,
+    Snapshot,
+    SnapshotRequest,
     StepEnd,
     ToServer,
 )
-from cola_common.tensor import decode, digest
+from cola_common.tensor import decode, digest, encode
 from cola_worker.expected import Expected, violation
 from cola_worker.gradients import Gradients, clip, square
 from cola_worker.shard import Shard
@@ -40,7 +46,7 @@ from cola_worker.shards import Shards
 
 log = structlog.get_logger(__name__)
 
-ToTrainer = Assign | Capture | StepEnd | NormTotal | Ack | Revoke
+ToTrainer = Assign | Capture | StepEnd | NormTotal | Ack | SnapshotRequest | Revoke
 """The messages of a server that are about a job."""
 
 Squares = tuple[tuple[int, float], ...]
@@ -67,12 +73,6 @@ class Trainer:
         except ColaError as error:
             return refuse(message, error)
 
-    def close(self) -> None:
-        """Keeps the optimizer state of every job: the server may ask for the shards again in the next life."""
-        for name, job in self._jobs.items():
-            self._keep(name, job)
-        self._jobs.clear()
-
     def _follow(self, message: ToTrainer) -> list[ToServer]:
         match message:
             case Assign():
@@ -87,18 +87,34 @@ class Trainer:
                 return self._job(message).clip(message)
             case Ack():
                 return self._job(message).acknowledge(message)
+            case SnapshotRequest():
+                return self._snapshot(message)
 
     def _assign(self, message: Assign) -> list[ToServer]:
         present = self._jobs.get(message.job)
         if present is not None and message.epoch <= present.epoch:
             raise _stale(message.job, message.epoch, present.epoch)
+        self._jobs.pop(message.job, None)  # a new epoch of the same shards needs no Revoke between
         job = _Job(message)
-        if present is not None:  # a new epoch of the same shards needs no Revoke between
-            self._keep(message.job, present)
-        restored = sum(self._shards.restore(message.job, message.step, s) for s in job.shards.values())
+        restored = sum(self._go_on(job, index, state) for index, state in message.digests)
         self._jobs[message.job] = job
         log.info("assigned", job=message.job, epoch=job.epoch, step=job.step, shards=len(job.shards), restored=restored)
+        failpoints.hit("worker.assigned")
         return []
+
+    def _go_on(self, job: "_Job", index: int, state: str) -> bool:
+        """Sees to it that a shard is as its snapshot has it. Returns: whether its optimizer state was here.
+
+        Raises: `ColaError(STATE_MISSING)` where it was neither sent nor is here.
+        """
+        shard = job.shards.get(index)
+        if shard is None:
+            raise violation(f"a digest of shard {index}, which is not assigned here")
+        if shard.state_digest() == state:
+            return False
+        if not (self._shards.restore(job.name, job.step, shard, state) and shard.state_digest() == state):
+            raise ColaError(Reason.STATE_MISSING, site=shard.plan.site, job=job.name, step=job.step)
+        return True
 
     def _revoke(self, message: Revoke) -> list[ToServer]:
         job = self._jobs.get(message.job)
@@ -107,24 +123,42 @@ class Trainer:
         self._jobs.pop(message.job, None)
         if not message.keep:
             self._shards.drop(message.job)
-        elif job is not None:
-            self._keep(message.job, job)
         log.info("revoked", job=message.job, epoch=message.epoch, reason=message.reason, kept=message.keep)
         return []
 
-    def _job(self, message: Capture | StepEnd | NormTotal | Ack) -> "_Job":
+    def _snapshot(self, message: SnapshotRequest) -> list[ToServer]:
+        job = self._job(message)
+        state, digests = job.snapshot(message)
+        kept = self._keep(job)
+        return [
+            Snapshot(
+                job=job.name,
+                epoch=job.epoch,
+                step=job.step,
+                names=tuple(state),
+                digests=digests,
+                kept=kept,
+                tensors=tuple(state.values()),
+            )
+        ]
+
+    def _job(self, message: Capture | StepEnd | NormTotal | Ack | SnapshotRequest) -> "_Job":
         job = self._jobs.get(message.job)
         if job is None or job.epoch != message.epoch:
             raise _stale(message.job, message.epoch, "none" if job is None else job.epoch)
         return job
 
-    def _keep(self, name: str, job: "_Job") -> None:
+    def _keep(self, job: "_Job") -> bool:
         try:
+            failpoints.hit("worker.before_keep")
             for shard in job.shards.values():
-                self._shards.keep(name, job.step, shard)
-        except OSError as error:  # a full disk costs the job its optimizer's memory, and no other job anything
-            log.warning("a job's optimizer state is not kept", job=name, step=job.step, error=str(error))
-            self._shards.drop(name)
+                self._shards.keep(job.name, job.step, shard)
+            failpoints.hit("worker.after_keep")
+        except OSError as error:  # a full disk costs a way from the server some day, and nothing else
+            log.warning("a job's optimizer state is not kept here", job=job.name, step=job.step, error=str(error))
+            self._shards.drop(job.name)
+            return False
+        return True
 
 
 def refuse(message: ToTrainer, error: ColaError) -> list[ToServer]:
@@ -150,10 +184,14 @@ class _Job:
         self._plan = assign.plan
         self._expected = Expected(assign)
         parameters: dict[int, Parameters] = {s.index: {} for s in assign.shards}
+        optimizer: dict[int, Parameters] = {s.index: {} for s in assign.shards}
         for (index, name), tensor in zip(assign.names, assign.tensors, strict=True):
-            parameters[index][name] = decode(tensor, what=f"parameter {name} of shard {index}")
+            of_shard = (optimizer if "." in name else parameters)[index]
+            of_shard[name] = decode(tensor, what=f"{name} of shard {index}")
         ordered = sorted(assign.shards, key=lambda s: s.index)
         self.shards = {s.index: Shard(s, parameters[s.index], assign.plan) for s in ordered}
+        for index, state in optimizer.items():
+            self.shards[index].take_up(state)
         self._digest = self._chained()
         self._batch: int | None = None
         """The batch that is open."""
@@ -169,6 +207,7 @@ class _Job:
             self._open(message.batch)
             self._expected.check(message)
             self._gradients.add(message)
+        failpoints.hit("worker.captured")
         return []
 
     def end_batch(self, message: StepEnd) -> list[ToServer]:
@@ -210,6 +249,19 @@ class _Job:
             raise ColaError(Reason.DIGEST_MISMATCH, job=self.name, step=message.step)
         return []
 
+    def snapshot(
+        self, message: SnapshotRequest
+    ) -> tuple[dict[tuple[int, str], EncodedTensor], tuple[tuple[int, str], ...]]:
+        """Returns: the optimizer state, copied, by (shard, entry); and each shard's digest."""
+        if message.step != self.step or self._batch is not None or self._unclipped is not None:
+            raise violation(f"a snapshot of step {message.step} is asked for in step {self.step}")
+        state = {
+            (index, entry): encode(values.clone(), "fp32")  # the optimizer writes in place while they are being sent
+            for index, shard in self.shards.items()
+            for entry, values in shard.optimizer_state().items()
+        }
+        return state, tuple((index, shard.state_digest()) for index, shard in self.shards.items())
+
     def _open(self, batch: int) -> None:
         if self._unclipped is not None or batch <= self._last_batch or self._batch not in (None, batch):
             raise violation(f"batch {batch} after batch {max(self._last_batch, self._batch or 0)}")
@@ -217,6 +269,7 @@ class _Job:
 
     def _finish(self, gradients: dict[int, Parameters]) -> Delta:
         """The optimizer step. A shard that was not called has no gradient and is not stepped."""
+        failpoints.hit("worker.before_step")
         with self._timed():
             rate = schedules.learning_rate(self._plan, self.step)
             deltas = {index: self.shards[index].step(gradient, rate) for index, gradient in gradients.items()}
@@ -233,6 +286,7 @@ class _Job:
         )
         self.step += 1
         self._seconds = 0.0
+        failpoints.hit("worker.after_step")
         return delta
 
     def _chained(self) -> str:

@@ -37,3 +37,11 @@ class AsyncWorkers:
         """The workers that the server knows, all on one page."""
         answer = await self._connection.call(self._stub.List, workers_pb2.ListWorkersRequest())
         return AsyncPage([worker_from_wire(worker) for worker in answer.data])
+
+    async def drain(self, worker_id: str) -> WorkerCard:
+        """Empties a worker: its jobs go on elsewhere from the step that they are at. Draining twice is no error.
+
+        Raises: `ColaError(UNKNOWN_WORKER)`.
+        """
+        request = workers_pb2.DrainWorkerRequest(id=worker_id)
+        return worker_from_wire(await self._connection.call(self._stub.Drain, request))

@@ -173,6 +173,11 @@ def new_key() -> str:
     return secrets.token_hex(16)
 
 
+def part_key(key: str | None, part: str) -> str | None:
+    """The key of an upload that belongs to a job of this key: a job that is found again names the same files."""
+    return None if key is None else f"{key}/{part}"
+
+
 def page_size(limit: int | None) -> int:
     """`limit` as the wire has it: 0 asks for the server's default.
 

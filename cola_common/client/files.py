@@ -27,17 +27,18 @@ class AsyncFiles:
         self._connection = connection
         self._stub = FilesStub(connection.channel)
 
-    async def create(self, *, file: FileSource, purpose: Purpose) -> FileObject:
+    async def create(self, *, file: FileSource, purpose: Purpose, idempotency_key: str | None = None) -> FileObject:
         """Uploads a file.
 
         Args:
             file: a path, bytes, (name, bytes), a binary file that can seek, or the folder of an adapter.
             purpose: `"fine-tune"` for JSONL, `"adapter"` for an adapter to continue from.
+            idempotency_key: the same key finds the same file, even from another process; None makes a new one.
 
         Raises: `OSError` for a file that cannot be read; `ColaError`, such as INVALID_FILE, UNSAFE_FORMAT and
             FILE_TOO_LARGE.
         """
-        key = new_key()
+        key = idempotency_key or new_key()
         with opened(file) as upload:
             return await self._connection.repeat(lambda: self._send(upload, purpose, key))
 

@@ -10,7 +10,15 @@ from typing import Any, Literal, final
 
 from cola_common import ids
 from cola_common.client.checkpoints import AsyncCheckpoints
-from cola_common.client.connection import PATIENCE_SECONDS, Connection, new_key, page_size, pause, transient
+from cola_common.client.connection import (
+    PATIENCE_SECONDS,
+    Connection,
+    new_key,
+    page_size,
+    part_key,
+    pause,
+    transient,
+)
 from cola_common.client.files import AsyncFiles
 from cola_common.client.pages import AsyncPage
 from cola_common.convert import event_from_wire, job_from_wire, metrics_from_wire, spec_to_wire
@@ -57,11 +65,12 @@ class AsyncJobs:
         hyperparameters: Mapping[str, Any] | None = None,
         fold: Literal["unmerged", "merged"] | None = None,
         wire: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Submits a job; `cola_common.jobs.JobSpec` has the fields, and None is its default.
 
         `adapter["init_from"]` is a checkpoint's id, the id of an uploaded adapter, or the folder of an adapter on this
-        machine, which is uploaded first.
+        machine, which is uploaded first. The same `idempotency_key` finds the same job, even from another process.
 
         Raises: `ColaError`, such as INVALID_JOB with the wrong field, UNKNOWN_MODEL, UNKNOWN_TARGET and RANK_TOO_LARGE.
         """
@@ -83,10 +92,12 @@ class AsyncJobs:
         if adapter is not None and folder is not None:
             fields["adapter"] = {**adapter, "init_from": str(folder)}
             JobSpec.parse(fields)  # a wrong field is told before anything is uploaded
-            file = await self._files.create(file=folder, purpose="adapter")
+            file = await self._files.create(
+                file=folder, purpose="adapter", idempotency_key=part_key(idempotency_key, "adapter.init_from")
+            )
             fields["adapter"] = {**adapter, "init_from": file.id}
         spec = spec_to_wire(JobSpec.parse(fields))
-        request = jobs_pb2.CreateJobRequest(spec=spec, idempotency_key=new_key())
+        request = jobs_pb2.CreateJobRequest(spec=spec, idempotency_key=idempotency_key or new_key())
         return job_from_wire(await self._connection.call(self._stub.Create, request))
 
     async def retrieve(self, job_id: str) -> Job:
@@ -106,22 +117,27 @@ class AsyncJobs:
             return AsyncPage(data)
         return AsyncPage(data, lambda: self.list(after=data[-1].id, limit=limit))
 
-    # Cancel, pause and resume are not repeated: the second of two would be refused as an illegal transition.
-
     async def cancel(self, job_id: str) -> Job:
-        """Ends a job for good. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        """Ends a job for good; again is no error. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
         request = jobs_pb2.CancelJobRequest(id=job_id)
-        return job_from_wire(await self._connection.call(self._stub.Cancel, request, patience=0))
+        return job_from_wire(await self._connection.call(self._stub.Cancel, request))
 
     async def pause(self, job_id: str) -> Job:
-        """Stops a job until it is resumed. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        """Stops a job until it is resumed; again is no error.
+
+        Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`.
+        """
         request = jobs_pb2.PauseJobRequest(id=job_id)
-        return job_from_wire(await self._connection.call(self._stub.Pause, request, patience=0))
+        return job_from_wire(await self._connection.call(self._stub.Pause, request))
 
     async def resume(self, job_id: str) -> Job:
-        """Queues a paused job again. Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`."""
+        """Queues a paused job again; again is no error.
+
+        Raises: `ColaError`, such as UNKNOWN_JOB, ILLEGAL_TRANSITION, and BASE_MODEL_CHANGED where the server's base
+            model is not the one that the job began on.
+        """
         request = jobs_pb2.ResumeJobRequest(id=job_id)
-        return job_from_wire(await self._connection.call(self._stub.Resume, request, patience=0))
+        return job_from_wire(await self._connection.call(self._stub.Resume, request))
 
     async def list_events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> AsyncPage[JobEvent]:
         """The events so far, oldest first, from behind the event `after`. Raises: `ColaError(UNKNOWN_JOB)`."""

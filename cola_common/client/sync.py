@@ -41,9 +41,9 @@ class Files:
     def __init__(self, loop: BackgroundLoop, twin: AsyncFiles) -> None:
         self._loop, self._twin = loop, twin
 
-    def create(self, *, file: FileSource, purpose: Purpose) -> FileObject:
+    def create(self, *, file: FileSource, purpose: Purpose, idempotency_key: str | None = None) -> FileObject:
         """As `AsyncFiles.create`."""
-        return self._loop.run(self._twin.create(file=file, purpose=purpose))
+        return self._loop.run(self._twin.create(file=file, purpose=purpose, idempotency_key=idempotency_key))
 
     def retrieve(self, file_id: str) -> FileObject:
         """As `AsyncFiles.retrieve`."""
@@ -100,6 +100,7 @@ class Jobs:
         hyperparameters: Mapping[str, Any] | None = None,
         fold: Literal["unmerged", "merged"] | None = None,
         wire: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
     ) -> Job:
         """As `AsyncJobs.create`."""
         return self._loop.run(
@@ -115,6 +116,7 @@ class Jobs:
                 hyperparameters=hyperparameters,
                 fold=fold,
                 wire=wire,
+                idempotency_key=idempotency_key,
             )
         )
 
@@ -185,6 +187,10 @@ class Workers:
     def list(self) -> Page[WorkerCard]:
         """As `AsyncWorkers.list`."""
         return _page(self._loop, self._loop.run(self._twin.list()))
+
+    def drain(self, worker_id: str) -> WorkerCard:
+        """As `AsyncWorkers.drain`."""
+        return self._loop.run(self._twin.drain(worker_id))
 
 
 @final

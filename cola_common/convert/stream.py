@@ -26,6 +26,7 @@ _FLAT: dict[type[Any], str] = {
     messages.Welcome: "welcome",
     messages.NormTotal: "norm_total",
     messages.Ack: "ack",
+    messages.SnapshotRequest: "snapshot_request",
     messages.Revoke: "revoke",
     messages.Drain: "drain",
 }
@@ -57,6 +58,14 @@ def to_server_to_wire(message: messages.ToServer) -> fleet_pb2.FromWorker:
             }
             tensors = delta.pop("tensors")
             return fleet_pb2.FromWorker(delta=fleet_pb2.Delta(**delta), tensors=_headers_to_wire(tensors))
+        case messages.Snapshot():
+            snapshot = {
+                **vars(message),
+                "names": _names_to_wire(message.names),
+                "digests": _digests_to_wire(message.digests),
+            }
+            tensors = snapshot.pop("tensors")
+            return fleet_pb2.FromWorker(snapshot=fleet_pb2.Snapshot(**snapshot), tensors=_headers_to_wire(tensors))
         case _:
             return fleet_pb2.FromWorker(**{_FLAT[type(message)]: vars(message)})  # type: ignore[arg-type]
 
@@ -68,7 +77,7 @@ def to_server_from_wire(envelope: fleet_pb2.FromWorker) -> messages.ToServer:
     """
     name = envelope.WhichOneof("message")
     tensors = _headers_from_wire(envelope.tensors)
-    if tensors and name != "delta":
+    if tensors and name not in ("delta", "snapshot"):
         raise _violation(f"{name} carries no tensors")
     match name:
         case None:
@@ -99,6 +108,17 @@ def to_server_from_wire(envelope: fleet_pb2.FromWorker) -> messages.ToServer:
                 delta.worker_seconds,
                 tensors,
             )
+        case "snapshot":
+            snapshot = envelope.snapshot
+            return messages.Snapshot(
+                snapshot.job,
+                snapshot.epoch,
+                snapshot.step,
+                _names_from_wire(snapshot.names, tensors),
+                _digests_from_wire(snapshot.digests),
+                snapshot.kept,
+                tensors,
+            )
         case _:
             flat: messages.ToServer = _flat(_FLAT_TYPES[name], getattr(envelope, name))
             return flat
@@ -112,6 +132,7 @@ def to_worker_to_wire(message: messages.ToWorker) -> fleet_pb2.FromServer:
                 **vars(message),
                 "plan": vars(message.plan),
                 "shards": [_shard_to_wire(shard) for shard in message.shards],
+                "digests": _digests_to_wire(message.digests),
                 "names": _names_to_wire(message.names),
             }
             tensors = assign.pop("tensors")
@@ -149,6 +170,7 @@ def to_worker_from_wire(envelope: fleet_pb2.FromServer) -> messages.ToWorker:
                 assign.values,
                 assign.max_rows,
                 tuple(_shard_from_wire(shard) for shard in assign.shards),
+                _digests_from_wire(assign.digests),
                 _names_from_wire(assign.names, tensors),
                 tensors,
             )
@@ -199,6 +221,14 @@ def _names_from_wire(
     if len(named) != len(tensors):
         raise _violation(f"{len(named)} names for {len(tensors)} tensors")
     return named
+
+
+def _digests_to_wire(digests: Iterable[tuple[int, str]]) -> list[fleet_pb2.ShardDigest]:
+    return [fleet_pb2.ShardDigest(index=index, digest=digest) for index, digest in digests]
+
+
+def _digests_from_wire(digests: Iterable[fleet_pb2.ShardDigest]) -> tuple[tuple[int, str], ...]:
+    return tuple((digest.index, digest.digest) for digest in digests)
 
 
 def _squares_to_wire(squares: Iterable[tuple[int, float]]) -> list[fleet_pb2.Square]:

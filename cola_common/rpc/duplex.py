@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 
 from cola_common.errors import ColaError, Reason
-from cola_common.messages import Assign, Capture, Delta, Goodbye, Message, payload
+from cola_common.messages import Assign, Capture, Delta, Goodbye, Message, Snapshot, payload
 from cola_common.rpc import frames
 from cola_common.rpc.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 
@@ -207,7 +207,7 @@ class Duplex(Generic[Sent, Received]):
             dataclasses.replace(tensor, data=whole[end - tensor.nbytes : end])
             for tensor, end in zip(tensors, accumulate(sizes), strict=True)
         )
-        assert isinstance(message, Assign | Capture | Delta)
+        assert isinstance(message, Assign | Capture | Delta | Snapshot)
         return dataclasses.replace(message, tensors=filled)
 
     async def _payload(self, data: memoryview, size: int, take: Callable[[memoryview], None]) -> None:

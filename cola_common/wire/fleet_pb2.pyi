@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromWorker(_message.Message):
-    __slots__ = ("hello", "heartbeat", "credit", "norm", "delta", "refusal", "draining", "goodbye", "tensors", "data")
+    __slots__ = ("hello", "heartbeat", "credit", "norm", "delta", "refusal", "draining", "goodbye", "snapshot", "tensors", "data")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class FromWorker(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
@@ -26,12 +27,13 @@ class FromWorker(_message.Message):
     refusal: Refusal
     draining: Draining
     goodbye: Goodbye
+    snapshot: Snapshot
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     data: bytes
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., norm: _Optional[_Union[Norm, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., norm: _Optional[_Union[Norm, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class FromServer(_message.Message):
-    __slots__ = ("welcome", "assign", "capture", "step_end", "norm_total", "ack", "revoke", "refusal", "heartbeat", "drain", "goodbye", "tensors", "data")
+    __slots__ = ("welcome", "assign", "capture", "step_end", "norm_total", "ack", "revoke", "refusal", "heartbeat", "drain", "goodbye", "snapshot_request", "tensors", "data")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +45,7 @@ class FromServer(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
@@ -56,9 +59,10 @@ class FromServer(_message.Message):
     heartbeat: Heartbeat
     drain: Drain
     goodbye: Goodbye
+    snapshot_request: SnapshotRequest
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     data: bytes
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., norm_total: _Optional[_Union[NormTotal, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., revoke: _Optional[_Union[Revoke, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., norm_total: _Optional[_Union[NormTotal, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., revoke: _Optional[_Union[Revoke, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("codec", "shape", "exponent", "nbytes", "checksum")
@@ -202,6 +206,30 @@ class Delta(_message.Message):
     worker_seconds: float
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., squares: _Optional[_Iterable[_Union[Square, _Mapping]]] = ..., digest: _Optional[str] = ..., worker_seconds: _Optional[float] = ...) -> None: ...
 
+class ShardDigest(_message.Message):
+    __slots__ = ("index", "digest")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    digest: str
+    def __init__(self, index: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("job", "epoch", "step", "names", "digests", "kept")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    epoch: int
+    step: int
+    names: _containers.RepeatedCompositeFieldContainer[TensorName]
+    digests: _containers.RepeatedCompositeFieldContainer[ShardDigest]
+    kept: bool
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., digests: _Optional[_Iterable[_Union[ShardDigest, _Mapping]]] = ..., kept: _Optional[bool] = ...) -> None: ...
+
 class Draining(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -293,7 +321,7 @@ class ShardPlan(_message.Message):
     def __init__(self, index: _Optional[int] = ..., site: _Optional[str] = ..., lora: _Optional[_Union[LoraFamily, _Mapping]] = ..., linear: _Optional[_Union[LinearFamily, _Mapping]] = ..., mlp: _Optional[_Union[MlpFamily, _Mapping]] = ..., head: _Optional[_Union[HeadFamily, _Mapping]] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., group: _Optional[int] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("job", "epoch", "step", "plan", "values", "max_rows", "shards", "names")
+    __slots__ = ("job", "epoch", "step", "plan", "values", "max_rows", "shards", "names", "digests")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +330,7 @@ class Assign(_message.Message):
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
@@ -310,7 +339,8 @@ class Assign(_message.Message):
     max_rows: int
     shards: _containers.RepeatedCompositeFieldContainer[ShardPlan]
     names: _containers.RepeatedCompositeFieldContainer[TensorName]
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., plan: _Optional[_Union[OptimizerPlan, _Mapping]] = ..., values: _Optional[str] = ..., max_rows: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardPlan, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ...) -> None: ...
+    digests: _containers.RepeatedCompositeFieldContainer[ShardDigest]
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., plan: _Optional[_Union[OptimizerPlan, _Mapping]] = ..., values: _Optional[str] = ..., max_rows: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardPlan, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., digests: _Optional[_Iterable[_Union[ShardDigest, _Mapping]]] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("kind", "index", "call")
@@ -383,6 +413,16 @@ class Ack(_message.Message):
     step: int
     digest: str
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ("job", "epoch", "step")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    epoch: int
+    step: int
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Revoke(_message.Message):
     __slots__ = ("job", "epoch", "reason", "keep")

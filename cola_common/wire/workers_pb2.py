@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cola_common.wire import types_pb2 as cola__common_dot_wire_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63ola_common/wire/workers.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x13.cola.v1.WorkerCard2L\n\x07Workers\x12\x41\n\x04List\x12\x1b.cola.v1.ListWorkersRequest\x1a\x1c.cola.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63ola_common/wire/workers.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x13.cola.v1.WorkerCard\" \n\x12\x44rainWorkerRequest\x12\n\n\x02id\x18\x01 \x01(\t2\x87\x01\n\x07Workers\x12\x41\n\x04List\x12\x1b.cola.v1.ListWorkersRequest\x1a\x1c.cola.v1.ListWorkersResponse\x12\x39\n\x05\x44rain\x12\x1b.cola.v1.DrainWorkerRequest\x1a\x13.cola.v1.WorkerCardb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSREQUEST']._serialized_end=93
   _globals['_LISTWORKERSRESPONSE']._serialized_start=95
   _globals['_LISTWORKERSRESPONSE']._serialized_end=151
-  _globals['_WORKERS']._serialized_start=153
-  _globals['_WORKERS']._serialized_end=229
+  _globals['_DRAINWORKERREQUEST']._serialized_start=153
+  _globals['_DRAINWORKERREQUEST']._serialized_end=185
+  _globals['_WORKERS']._serialized_start=188
+  _globals['_WORKERS']._serialized_end=323
 # @@protoc_insertion_point(module_scope)

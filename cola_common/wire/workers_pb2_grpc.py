@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from cola_common.wire import types_pb2 as cola__common_dot_wire_dot_types__pb2
 from cola_common.wire import workers_pb2 as cola__common_dot_wire_dot_workers__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -39,6 +40,11 @@ class WorkersStub:
                 request_serializer=cola__common_dot_wire_dot_workers__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=cola__common_dot_wire_dot_workers__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/cola.v1.Workers/Drain',
+                request_serializer=cola__common_dot_wire_dot_workers__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=cola__common_dot_wire_dot_types__pb2.WorkerCard.FromString,
+                _registered_method=True)
 
 
 class WorkersServicer:
@@ -50,6 +56,13 @@ class WorkersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """No more work for this worker: its jobs move at their next step, and it goes when it holds none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +70,11 @@ def add_WorkersServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=cola__common_dot_wire_dot_workers__pb2.ListWorkersRequest.FromString,
                     response_serializer=cola__common_dot_wire_dot_workers__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=cola__common_dot_wire_dot_workers__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=cola__common_dot_wire_dot_types__pb2.WorkerCard.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +104,33 @@ class Workers:
             '/cola.v1.Workers/List',
             cola__common_dot_wire_dot_workers__pb2.ListWorkersRequest.SerializeToString,
             cola__common_dot_wire_dot_workers__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Workers/Drain',
+            cola__common_dot_wire_dot_workers__pb2.DrainWorkerRequest.SerializeToString,
+            cola__common_dot_wire_dot_types__pb2.WorkerCard.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 isort:skip_file
 The workers that a server knows."""
 
+from cola_common.wire import types_pb2 as _types_pb2
 from cola_common.wire import workers_pb2 as _workers_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
@@ -32,11 +33,15 @@ class WorkersStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkersAsyncStub: ...
     List: _grpc.UnaryUnaryMultiCallable[_workers_pb2.ListWorkersRequest, _workers_pb2.ListWorkersResponse]
+    Drain: _grpc.UnaryUnaryMultiCallable[_workers_pb2.DrainWorkerRequest, _types_pb2.WorkerCard]
+    """No more work for this worker: its jobs move at their next step, and it goes when it holds none."""
 
 @_typing.type_check_only
 class WorkersAsyncStub(WorkersStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_workers_pb2.ListWorkersRequest, _workers_pb2.ListWorkersResponse]  # type: ignore[assignment]
+    Drain: _aio.UnaryUnaryMultiCallable[_workers_pb2.DrainWorkerRequest, _types_pb2.WorkerCard]  # type: ignore[assignment]
+    """No more work for this worker: its jobs move at their next step, and it goes when it holds none."""
 
 class WorkersServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -45,5 +50,13 @@ class WorkersServicer(metaclass=_abc_1.ABCMeta):
         request: _workers_pb2.ListWorkersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workers_pb2.ListWorkersResponse, _abc.Awaitable[_workers_pb2.ListWorkersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _workers_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.WorkerCard, _abc.Awaitable[_types_pb2.WorkerCard]]:
+        """No more work for this worker: its jobs move at their next step, and it goes when it holds none."""
 
 def add_WorkersServicer_to_server(servicer: WorkersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

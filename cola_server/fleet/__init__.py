@@ -1,8 +1,8 @@
 """Workers: who attends, who owns what, and what goes to and fro between them and a job."""
 
-from cola_server.fleet.exchange import Exchange, WorkerBlamed, WorkerLost
+from cola_server.fleet.exchange import Exchange, WorkerBlamed, WorkerLost, WorkerSlow
 from cola_server.fleet.outbox import Outbox, OutboxClosed
-from cola_server.fleet.placement import Candidate, ShardLoad, place
+from cola_server.fleet.placement import Candidate, ShardLoad, effort, place
 from cola_server.fleet.registry import Attendance, Fleet, FleetLimits
 
 __all__ = [
@@ -16,5 +16,7 @@ __all__ = [
     "ShardLoad",
     "WorkerBlamed",
     "WorkerLost",
+    "WorkerSlow",
+    "effort",
     "place",
 ]

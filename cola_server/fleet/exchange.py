@@ -6,7 +6,7 @@ the exchange: every waiter gets the exception, and the job goes on under a new e
 
 import asyncio
 import math
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cola_common.errors import ColaError, Reason
@@ -23,6 +23,8 @@ from cola_common.messages import (
     Refusal,
     Revoke,
     ShardPlan,
+    Snapshot,
+    SnapshotRequest,
     StepEnd,
     ToWorker,
 )
@@ -42,6 +44,15 @@ class WorkerLost(Exception):
         self.problem = problem
 
 
+class WorkerSlow(Exception):
+    """A worker took far longer for a step than this job's steps have taken."""
+
+    def __init__(self, workers: Sequence[str], seconds: float) -> None:
+        super().__init__(f"no delta of {', '.join(workers)} after {seconds:.0f} s")
+        self.workers = workers
+        self.seconds = seconds
+
+
 class WorkerBlamed(Exception):
     """A worker's answer to a step was refused, or it refused the step. The next worker tells whose fault it is."""
 
@@ -53,7 +64,9 @@ class WorkerBlamed(Exception):
 
 
 class Exchange:
-    """See the module. `owners` maps shard numbers to workers, `outboxes` workers to where their messages wait."""
+    """See the module. `owners` maps shard numbers to workers, `outboxes` workers to where their messages wait; `sites`
+    and `shapes` are the shards' names and parameters.
+    """
 
     def __init__(
         self,
@@ -62,13 +75,17 @@ class Exchange:
         epoch: int,
         owners: Mapping[int, str],
         outboxes: Mapping[str, Outbox],
+        sites: Sequence[str],
         shapes: Sequence[Shapes],
         max_grad_norm: float,
     ) -> None:
         self.job = job
         self.epoch = epoch
         self.owners = owners
+        self.sites = sites
         self.workers = sorted(set(owners.values()))
+        self.leaving = False
+        """Whether the job should go elsewhere at its next step: a worker of it drains."""
         self._outboxes = outboxes
         self._shapes = shapes
         self._clipped = max_grad_norm > 0
@@ -83,6 +100,10 @@ class Exchange:
         self._deltas: dict[str, Delta] = {}
         self._complete = asyncio.Event()
         self._last_acks: dict[str, Ack] = {}
+        self._snapshots: dict[str, Snapshot] = {}
+        self._snapshot_step: int | None = None  # of the snapshot that is asked for and not yet complete
+        self._last_snapshot_step = -1
+        self._snapshot_complete = asyncio.Event()
 
     # --- going out --------------------------------------------------------------------------------------------------
 
@@ -95,12 +116,22 @@ class Exchange:
         max_rows: int,
         shards: Sequence[ShardPlan],
         parameters: Sequence[Mapping[str, EncodedTensor]],
+        optimizer: Sequence[Mapping[str, EncodedTensor]] = (),
+        digests: Sequence[str] = (),
+        owned: Collection[int] = (),
     ) -> None:
-        """Hands every worker its shards, with their parameters at version `step`."""
+        """Hands every worker its shards, with their parameters at version `step`.
+
+        Where that is a snapshot's, `optimizer` and `digests` are its own; the state of shards that their workers have
+        (`owned`) is not sent.
+        """
         self._step = step
         for worker in self.workers:
             mine = [s for s in shards if self.owners[s.index] == worker]
-            names = tuple((s.index, name) for s in mine for name in parameters[s.index])
+            tensors = {(s.index, name): tensor for s in mine for name, tensor in parameters[s.index].items()}
+            if optimizer:
+                sent = [s.index for s in mine if s.index not in owned]
+                tensors |= {(i, entry): tensor for i in sent for entry, tensor in optimizer[i].items()}
             self._put(
                 worker,
                 Assign(
@@ -111,8 +142,9 @@ class Exchange:
                     values=values,
                     max_rows=max_rows,
                     shards=tuple(mine),
-                    names=names,
-                    tensors=tuple(parameters[index][name] for index, name in names),
+                    digests=tuple((s.index, digests[s.index]) for s in mine) if digests else (),
+                    names=tuple(tensors),
+                    tensors=tuple(tensors.values()),
                 ),
             )
 
@@ -143,12 +175,17 @@ class Exchange:
                 StepEnd(job=self.job, epoch=self.epoch, batch=batch, step=self._step, batches=batches, calls=mine),
             )
 
-    async def deltas(self) -> Sequence[Delta]:
+    async def deltas(self, within: float | None = None) -> Sequence[Delta]:
         """The deltas of the step that the last `end_batch` closed, one a worker.
 
-        Raises: `WorkerLost`, `WorkerBlamed`.
+        Raises: `WorkerLost`, `WorkerBlamed`; `WorkerSlow` after `within` seconds, after which it may be called again.
         """
-        await self._or_failure(self._complete.wait())
+        try:
+            async with asyncio.timeout(within):
+                await self._or_failure(self._complete.wait())
+        except TimeoutError:
+            assert within is not None
+            raise WorkerSlow([w for w in self.workers if w not in self._deltas], within) from None
         return [self._deltas[worker] for worker in self.workers]
 
     def acknowledge(self, digests: Mapping[str, str]) -> None:
@@ -163,6 +200,22 @@ class Exchange:
         self._deltas = {}
         self._complete.clear()
 
+    def request_snapshot(self) -> int:
+        """Asks every worker for its half of a snapshot, between two steps. Returns: the step that it is of."""
+        assert self._snapshot_step is None, "one snapshot at a time"
+        self._snapshot_step = self._step
+        self._snapshots = {}
+        self._snapshot_complete.clear()
+        for worker in self.workers:
+            self._put(worker, SnapshotRequest(job=self.job, epoch=self.epoch, step=self._step))
+        return self._step
+
+    async def snapshots(self) -> Sequence[Snapshot]:
+        """What was asked for, one a worker. Raises: `WorkerLost`, `WorkerBlamed`."""
+        await self._or_failure(self._snapshot_complete.wait())
+        snapshots, self._snapshots = self._snapshots, {}
+        return [snapshots[worker] for worker in self.workers]
+
     def close(self, reason: str, *, keep: bool) -> None:
         """Takes the job from its workers; who is gone already is not told."""
         self._closed = True
@@ -175,12 +228,17 @@ class Exchange:
 
     # --- coming in --------------------------------------------------------------------------------------------------
 
-    def accept(self, worker: str, message: Norm | Delta | Refusal) -> ToWorker | None:
+    def accept(self, worker: str, message: Norm | Delta | Snapshot | Refusal) -> ToWorker | None:
         """A worker's message about this job and epoch. Returns: what to answer, if anything is to be."""
         try:
             if isinstance(message, Refusal):
-                if message.reason != Reason.STALE_EPOCH:
+                if message.reason == Reason.STATE_MISSING:  # it lost what it had offered: nobody's fault
+                    self._fail(WorkerLost(worker, message.message))
+                elif message.reason != Reason.STALE_EPOCH:
                     raise _refused(message)
+                return None
+            if isinstance(message, Snapshot):
+                self._accept_snapshot(worker, message)
                 return None
             if message.step < self._step:
                 return self._repeat(worker, message)
@@ -239,6 +297,26 @@ class Exchange:
         self._deltas.setdefault(worker, message)
         if len(self._deltas) == len(self.workers):
             self._complete.set()
+
+    def _accept_snapshot(self, worker: str, message: Snapshot) -> None:
+        if message.step == self._last_snapshot_step:
+            return  # said twice
+        if message.step != self._snapshot_step:
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"a snapshot of step {message.step}, unasked")
+        mine = sorted(i for i, owner in self.owners.items() if owner == worker)
+        if [index for index, _ in message.digests] != mine or len(set(message.names)) != len(message.names):
+            raise ColaError(Reason.PROTOCOL_VIOLATION, problem="a snapshot of other shards than its own")
+        for (index, entry), tensor in zip(message.names, message.tensors, strict=True):
+            parameter, _, of_optimizer = entry.rpartition(".")
+            whole = self._shapes[index].get(parameter) if index in mine and of_optimizer else None
+            allowed = () if whole is None else ((), whole)
+            if tensor.codec != "fp32" or tensor.shape not in allowed or tensor.nbytes != 4 * math.prod(tensor.shape):
+                problem = f"{entry} of shard {index} is no optimizer state"
+                raise ColaError(Reason.PROTOCOL_VIOLATION, problem=problem)
+        self._snapshots[worker] = message
+        if len(self._snapshots) == len(self.workers):
+            self._snapshot_step, self._last_snapshot_step = None, message.step
+            self._snapshot_complete.set()
 
     def _check_squares(self, worker: str, squares: Sequence[tuple[int, float]]) -> None:
         if [index for index, _ in squares] != self._called_of(worker):

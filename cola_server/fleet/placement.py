@@ -57,3 +57,11 @@ def place(shards: Sequence[ShardLoad], candidates: Sequence[Candidate], parts: i
         if len(owners) == len(shards):
             return owners
     return None
+
+
+def effort(shards: Sequence[ShardLoad], candidates: Sequence[Candidate], owners: Mapping[int, str]) -> float:
+    """What a placement asks of the worker that it asks most of: parameter bytes a GFLOP/s, other jobs' included."""
+    loads = {c.worker: c.load for c in candidates if c.worker in owners.values()}
+    for shard in shards:
+        loads[owners[shard.index]] += shard.parameter_bytes
+    return max(loads[c.worker] / max(c.gflops, 1e-9) for c in candidates if c.worker in loads)

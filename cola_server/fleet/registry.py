@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import structlog
+
 from cola_common import ids
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import WorkerCard
@@ -17,12 +19,14 @@ from cola_common.messages import (
     PROTOCOL,
     Credit,
     Delta,
+    Drain,
     Draining,
     Heartbeat,
     Hello,
     Message,
     Norm,
     Refusal,
+    Snapshot,
     Welcome,
     payload,
 )
@@ -30,6 +34,10 @@ from cola_common.rpc.limits import CHUNK_BYTES
 from cola_server.fleet.exchange import Exchange, WorkerLost
 from cola_server.fleet.outbox import Outbox
 from cola_server.fleet.placement import Candidate
+from cola_server.fleet.progress import Progress
+
+OPTIMIZER_COPIES = 2  # Adam's two moments
+log = structlog.get_logger(__name__)
 
 DELTA_SLACK_BYTES = 1 << 20  # a delta of a job that is over may still arrive; up to this much of it is read and refused
 
@@ -51,7 +59,7 @@ class FleetLimits:
 class Attendance:
     """One worker's connected life."""
 
-    def __init__(self, hello: Hello, limits: FleetLimits) -> None:
+    def __init__(self, hello: Hello, limits: FleetLimits, progress: Progress) -> None:
         self.worker = hello.worker
         self.boot = hello.boot
         self.hello = hello
@@ -59,8 +67,11 @@ class Attendance:
         self.outbox = Outbox(window_bytes=limits.window_bytes, buffer_bytes=limits.buffer_bytes)
         self.exchanges: dict[str, Exchange] = {}
         self.load: dict[str, int] = {}  # parameter bytes it owns, by job
+        self.owned = {(o.job, o.site): (o.step, o.digest) for o in hello.owned}  # what lies on its disk
+        self.progress = progress
         self.last_seen = time.time()
-        self.draining = False
+        self.draining = False  # it gets no more jobs
+        self.leaving = False  # it has said so, and waits for a Goodbye
         self.ended: asyncio.Future[ColaError | None] = asyncio.get_running_loop().create_future()
 
     def end(self, error: ColaError | None) -> None:
@@ -77,6 +88,7 @@ class Fleet:
         self._present: dict[str, Attendance] = {}
         self._gone: dict[str, WorkerCard] = {}
         self._quarantined: dict[str, str] = {}
+        self._progress: dict[str, Progress] = {}
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing = False
 
@@ -103,9 +115,14 @@ class Fleet:
             told = ColaError(Reason.DUPLICATE_WORKER, worker=hello.worker) if earlier.boot < hello.boot else None
             earlier.end(told)
             self.leave(earlier, "it attended again")
-        attendance = Attendance(hello, self.limits)
+        progress = self._progress.get(hello.worker)
+        if progress is None or progress.boot != hello.boot:
+            progress = self._progress[hello.worker] = Progress(hello.boot)
+        progress.begin()
+        attendance = Attendance(hello, self.limits, progress)
         self._present[hello.worker] = attendance
         self._gone.pop(hello.worker, None)
+        log.info("worker attends", worker=hello.worker, session=attendance.session, owned=len(hello.owned))
         self._tell()
         welcome = Welcome(
             session=attendance.session,
@@ -120,6 +137,7 @@ class Fleet:
         """The worker's stream is over; its exchanges are told. Does nothing the second time."""
         attendance.outbox.close()
         if self._present.get(attendance.worker) is attendance:
+            log.info("worker left", worker=attendance.worker, session=attendance.session, problem=problem)
             self._gone[attendance.worker] = self._card(attendance, "lost")
             del self._present[attendance.worker]
         for exchange in list(attendance.exchanges.values()):
@@ -142,30 +160,49 @@ class Fleet:
         for attendance in list(self._present.values()):
             attendance.end(None)
 
+    def drain(self, worker: str) -> WorkerCard:
+        """Asks a worker to leave, and takes its jobs away, each at its next step.
+
+        Raises: `ColaError(UNKNOWN_WORKER)`.
+        """
+        attendance = self._present.get(worker)
+        if attendance is None:
+            raise ColaError(Reason.UNKNOWN_WORKER, worker=worker)
+        attendance.outbox.put(Drain())  # it answers that it drains, and may go once that is here and its jobs are not
+        self._empty(attendance)
+        return self._card(attendance, "draining")
+
     # --- what workers say -------------------------------------------------------------------------------------------
 
     def accept(self, attendance: Attendance, message: Message) -> None:
-        """A message of an attending worker. Raises: `ColaError(PROTOCOL_VIOLATION)`."""
+        """A message of an attending worker.
+
+        Raises: `ColaError` (PROTOCOL_VIOLATION; WORKER_LOST where its trainer hangs), which ends its stream.
+        """
         attendance.last_seen = time.time()
         if isinstance(message, Heartbeat):
-            return
-        if isinstance(message, Credit):
+            problem = attendance.progress.beat(message)
+            if problem is not None:
+                raise ColaError(Reason.WORKER_LOST, worker=attendance.worker, problem=problem)
+        elif isinstance(message, Credit):
             attendance.outbox.credit(message.bytes)
         elif isinstance(message, Draining):
-            attendance.draining = True
+            attendance.leaving = True
+            self._empty(attendance)
             self._let_go(attendance)
-            self._tell()
-        elif isinstance(message, Norm | Delta | Refusal):
+        elif isinstance(message, Norm | Delta | Snapshot | Refusal):
             self._accept_for_job(attendance, message)
         else:
             raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{type(message).__name__} from a worker")
 
     def admit(self, attendance: Attendance, message: Message) -> None:
-        """Bounds what a worker may send before memory is taken: never more than the parameters it was given.
+        """Bounds what a worker may send before memory is taken: never more than the parameters it was given, or of a
+        snapshot than what an optimizer makes of them.
 
         Raises: `ColaError(PROTOCOL_VIOLATION)`.
         """
-        limit = max(attendance.load.values(), default=0) + DELTA_SLACK_BYTES
+        copies = OPTIMIZER_COPIES if isinstance(message, Snapshot) else 1
+        limit = copies * max(attendance.load.values(), default=0) + DELTA_SLACK_BYTES
         declared = sum(t.nbytes for t in payload(message))
         if declared > limit:
             problem = f"{type(message).__name__} of {declared} bytes, at most {limit} can be right"
@@ -173,36 +210,49 @@ class Fleet:
 
     def refuse(self, attendance: Attendance, message: Message, error: ColaError) -> None:
         """A message that `admit` refused: its job, if it is under way, goes on without this worker."""
-        if isinstance(message, Delta):
+        if isinstance(message, Delta | Snapshot):
             exchange = attendance.exchanges.get(message.job)
             if exchange is not None and exchange.epoch == message.epoch:
                 exchange.refuse(attendance.worker, error)
 
-    def _accept_for_job(self, attendance: Attendance, message: Norm | Delta | Refusal) -> None:
+    def _accept_for_job(self, attendance: Attendance, message: Norm | Delta | Snapshot | Refusal) -> None:
         exchange = attendance.exchanges.get(message.job)
         if exchange is None or exchange.epoch != message.epoch:
+            if isinstance(message, Snapshot):  # late, and in the place of what lay on its disk before
+                attendance.owned = {key: of for key, of in attendance.owned.items() if key[0] != message.job}
             if not isinstance(message, Refusal):
                 current = exchange.epoch if exchange is not None else "none"
                 stale = ColaError(Reason.STALE_EPOCH, epoch=message.epoch, job=message.job, current=current)
                 attendance.outbox.put(Refusal(message.job, message.epoch, message.step, stale.reason, stale.message))
             return
+        if isinstance(message, Snapshot) or (isinstance(message, Refusal) and message.reason == Reason.STATE_MISSING):
+            self._note_owned(attendance, exchange, message)
         answer = exchange.accept(attendance.worker, message)
         if answer is not None:
             attendance.outbox.put(answer)
 
     # --- for the jobs -----------------------------------------------------------------------------------------------
 
-    def candidates(self, *, without: Collection[str] = (), values: str) -> list[Candidate]:
-        """Workers that could take shards now and know the codec `values`."""
+    def candidates(
+        self, *, job: str, values: str, step: int = 0, state: Mapping[str, tuple[int, str]] | None = None
+    ) -> list[Candidate]:
+        """Workers that could take the job's shards now and know the codec `values`. Whose disk has a shard of it as it
+        is in `state` (site -> shard number, digest) after `step` steps owns that. What they carry of the job itself
+        does not count as their load.
+        """
+        wanted = {(job, site): (step, digest) for site, (_, digest) in (state or {}).items()}
         return [
             Candidate(
                 worker=a.worker,
                 memory_bytes=a.hello.capacity.memory_bytes,
                 gflops=a.hello.capacity.gflops,
-                load=sum(a.load.values()),
+                load=sum(nbytes for other, nbytes in a.load.items() if other != job),
+                owned=frozenset(
+                    (state or {})[site][0] for (_, site), of in wanted.items() if a.owned.get((job, site)) == of
+                ),
             )
             for a in self._present.values()
-            if not a.draining and a.worker not in without and values in a.hello.codecs
+            if not a.draining and values in a.hello.codecs
         ]
 
     def outboxes(self, workers: Collection[str]) -> dict[str, Outbox]:
@@ -223,6 +273,9 @@ class Fleet:
         exchange.close(reason, keep=keep)
         for worker in exchange.workers:
             attendance = self._present.get(worker)
+            if attendance is not None and not keep:
+                for site in exchange.sites:
+                    attendance.owned.pop((exchange.job, site), None)
             if attendance is not None and attendance.exchanges.get(exchange.job) is exchange:
                 del attendance.exchanges[exchange.job]
                 del attendance.load[exchange.job]
@@ -244,8 +297,23 @@ class Fleet:
         ]
         return sorted(here + gone, key=lambda card: card.id)
 
+    def _empty(self, attendance: Attendance) -> None:
+        attendance.draining = True
+        for exchange in attendance.exchanges.values():
+            exchange.leaving = True
+        self._tell()
+
+    @staticmethod
+    def _note_owned(attendance: Attendance, exchange: Exchange, message: Snapshot | Refusal) -> None:
+        """What lies on a worker's disk is the job's last snapshot, or nothing of the job."""
+        for site in exchange.sites:
+            attendance.owned.pop((exchange.job, site), None)
+        if isinstance(message, Snapshot) and message.kept:
+            known = [(index, digest) for index, digest in message.digests if index < len(exchange.sites)]
+            attendance.owned |= {(exchange.job, exchange.sites[i]): (message.step, digest) for i, digest in known}
+
     def _let_go(self, attendance: Attendance) -> None:
-        if attendance.draining and not attendance.exchanges:
+        if attendance.leaving and not attendance.exchanges:
             attendance.end(None)
 
     def _card(self, attendance: Attendance, status: Literal["attending", "draining", "lost"]) -> WorkerCard:

@@ -6,6 +6,7 @@ that is empty or has no schema was damaged, and is never silently recreated.
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 
 from cola_common.errors import ColaError, Reason
 
@@ -24,6 +25,9 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 BUSY_SECONDS = 30
 """How long a SQLite writer waits for another: writers here hold the lock for a few milliseconds."""
+
+RESERVE_BYTES = 1 << 20
+"""Room for a hundred commits: enough to pause all jobs of a full disk, too little to be missed."""
 
 MISSING = "the database is gone, but its files and checkpoints are here; restore it, or move them away"
 
@@ -41,8 +45,12 @@ class Database:
             parsed = make_url(url)
         except ArgumentError as error:
             raise ColaError(Reason.INVALID_CONFIG, setting="database", problem=str(error)) from None
+        self._name = Path(parsed.database or "").name
+        self._reserve: Path | None = None
         if parsed.get_backend_name() == "sqlite":
             self.engine = _open_file(parsed, create)
+            self._reserve = Path(parsed.database or "").with_suffix(".reserve")
+            self.reserve()
         else:
             self.engine = create_engine(parsed)
             with self.engine.begin() as connection:
@@ -50,21 +58,53 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database."""
-        with self.engine.begin() as connection:
+        """A transaction that sees one state of the database. Raises: `ColaError(STORAGE_FULL)`."""
+        with _storing(self._name), self.engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that may write: on SQLite it holds the writer's lock from its start, so that what it reads
-        stays true until it commits.
+        stays true until it commits. Raises: `ColaError(STORAGE_FULL)`, with nothing changed.
         """
-        with self.engine.connect().execution_options(cola_writes=True) as connection, connection.begin():
+        with (
+            _storing(self._name),
+            self.engine.connect().execution_options(cola_writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
+
+    def reserve(self) -> None:
+        """Holds room on the disk for what must be said when there is none, if there is plenty now."""
+        if self._reserve is None or self._reserve.exists():
+            return
+        if shutil.disk_usage(self._reserve.parent).free > 4 * RESERVE_BYTES:
+            with contextlib.suppress(OSError), self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def let_reserve_go(self) -> None:
+        """Makes the room free that `reserve` holds."""
+        if self._reserve is not None:
+            self._reserve.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes all connections."""
         self.engine.dispose()
+
+
+@contextlib.contextmanager
+def _storing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if _full(error):
+            raise ColaError(Reason.STORAGE_FULL, file=name) from error
+        raise
+
+
+def _full(error: DBAPIError) -> bool:
+    """Whether SQLite found no room: for the database or its log, or for the index of the log."""
+    return getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 
 
 def _open_file(url: URL, create: bool) -> Engine:
@@ -86,6 +126,8 @@ def _open_file(url: URL, create: bool) -> Engine:
             _migrate(connection, str(path), create=False)
     except DatabaseError as error:
         engine.dispose()
+        if _full(error):
+            raise ColaError(Reason.STORAGE_FULL, file=path) from error
         raise ColaError(Reason.INVALID_FILE, file=path, problem=f"the database is damaged: {error.orig}") from error
     except ColaError:
         engine.dispose()

@@ -1,5 +1,6 @@
 """Uploads: what may come in, checked as it comes. Nothing is ever unpickled, and nothing is opened by a peer's name."""
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from cola_common import ids
@@ -67,7 +69,9 @@ class Limits:
 
 
 class Upload:
-    """A file that is coming in: `write` its bytes, then `finish`. A `with` block that ends before leaves nothing."""
+    """A file that is coming in: `write` its bytes, then `finish`. A `with` block that ends before leaves nothing; it
+    raises `ColaError(STORAGE_FULL)` where the disk has no room.
+    """
 
     def __init__(
         self,
@@ -138,11 +142,15 @@ class Upload:
         return kept
 
     def __enter__(self) -> Self:
+        self._staged.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._out.close()
-        self._staged.discard()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # what finds no room now has been told, or is not wanted
+            self._out.close()
+        self._staged.__exit__(kind, error, trace)
 
 
 HEAD_BYTES = max(len(magic) for magic in MAGIC)

@@ -7,10 +7,13 @@ Synchronous; any thread may call.
 """
 
 import difflib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import structlog
 
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import (
@@ -26,7 +29,11 @@ from cola_common.jobs import (
 from cola_server.jobs import jsonl
 from cola_server.jobs.artefacts import Artefacts
 from cola_server.jobs.files import Limits, Upload
+from cola_server.jobs.rows import sources_of
 from cola_server.jobs.store import JobStore
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 
 class Catalogue(Protocol):
@@ -34,6 +41,9 @@ class Catalogue(Protocol):
 
     def cards(self) -> Sequence[ModelCard]:
         """All models."""
+
+    def digest(self, model: str) -> str:
+        """The digest of a model's weights. Raises: `ColaError(UNKNOWN_MODEL)`."""
 
     def check(self, spec: JobSpec) -> None:
         """Raises: `ColaError` if the model that the spec names cannot be adapted as it asks."""
@@ -49,7 +59,7 @@ class Scheduler(Protocol):
         """The job is new, or was under way when the server stopped."""
 
     def cancel(self, job: str) -> None:
-        """The job is cancelled."""
+        """The job is cancelled, and needs its snapshots no more."""
 
     def pause(self, job: str) -> None:
         """The job is paused: no step begins."""
@@ -69,23 +79,35 @@ class JobService:
         scheduler: Scheduler,
         limits: Limits | None = None,
     ) -> None:
-        """Removes artefacts without a record, which a crash between the two left."""
+        """Removes artefacts without a record, which a crash between the two left, and snapshots of jobs that ended."""
         self._store = store
         self._artefacts = artefacts
         self._catalogue = catalogue
         self._scheduler = scheduler
         self._limits = limits or Limits()
-        for orphan in artefacts.ids() - store.artefacts():
+        self._steering = threading.Lock()  # what is committed last is also told last
+        wanted = {record.id for record in store.artefacts()} | {job.id for job in store.unfinished()}
+        for orphan in artefacts.ids() - wanted:
             artefacts.remove(orphan)
 
     def recover(self) -> None:
-        """Hands over all jobs that a stop of the server left unfinished, oldest first; paused ones stay paused."""
-        for job in self._store.unfinished():
+        """Hands over all jobs that a stop of the server left unfinished, oldest first; paused ones stay paused, and so
+        does a job whose base model is not what it began on. Artefacts that are not here are told by name.
+        """
+        jobs = self._store.unfinished()
+        self._check_artefacts(jobs)
+        for job in jobs:
+            if job.status == JobStatus.PAUSED:
+                continue
+            if (error := _raised(self._check_base, job)) is not None:
+                log.error("job is held", job=job.id, problem=error.message)
+                event = f"Paused: {error.message}. Resume the job once that is put right."
+                self._store.transition(job.id, JobStatus.PAUSED, event=event, level="error")
+                continue
             if job.status == JobStatus.RUNNING:
                 event = "The server was started again; the job goes on from its last snapshot."
                 self._store.transition(job.id, JobStatus.QUEUED, event=event, level="warn")
-            if job.status != JobStatus.PAUSED:
-                self._scheduler.submit(job.id)
+            self._scheduler.submit(job.id)
 
     def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
         """As `JobStore.subscribe`."""
@@ -107,7 +129,7 @@ class JobService:
         if spec.adapter.init_from is not None:
             self._check_source(spec.adapter.init_from)
         self._catalogue.check(spec)
-        job = self._store.create_job(spec, idempotency_key)
+        job = self._store.create_job(spec, idempotency_key, base_digest=self._catalogue.digest(spec.model))
         if job.status == JobStatus.VALIDATING_FILES:
             self._scheduler.submit(job.id)
         return job
@@ -129,14 +151,21 @@ class JobService:
         return self._stop(id, JobStatus.PAUSED, "Paused.", self._scheduler.pause)
 
     def resume(self, id: str) -> Job:
-        """Puts a paused job back into the queue. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
-        try:
-            job = self._store.transition(id, JobStatus.QUEUED, source=JobStatus.PAUSED, event="Resumed.")
-        except ColaError:
-            if (job := self._store.job(id)).status not in (JobStatus.QUEUED, JobStatus.RUNNING):
-                raise
-            return job
-        self._scheduler.resume(id)
+        """Puts a paused job back into the queue.
+
+        Raises: `ColaError`: UNKNOWN_JOB, ILLEGAL_TRANSITION, and UNKNOWN_MODEL or BASE_MODEL_CHANGED where its base
+        model is not what it began on.
+        """
+        if (job := self._store.job(id)).status == JobStatus.PAUSED:
+            self._check_base(job)
+        with self._steering:
+            try:
+                job = self._store.transition(id, JobStatus.QUEUED, source=JobStatus.PAUSED, event="Resumed.")
+            except ColaError:
+                if (job := self._store.job(id)).status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+                    raise
+                return job
+            self._scheduler.resume(id)
         return job
 
     def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]:
@@ -156,20 +185,23 @@ class JobService:
     def checkpoint_files(self, id: str) -> list[tuple[str, Path]]:
         """A checkpoint's files: name within its folder, with slashes, and where it lies.
 
-        Raises: `ColaError(UNKNOWN_CHECKPOINT)`.
+        Raises: `ColaError(UNKNOWN_CHECKPOINT)`; `ColaError(INVALID_FILE)` for weights that are not what was written.
         """
-        return _files_in(self._artefacts.checkpoint_path(self._store.checkpoint(id).id))
+        return _files_in(self._artefacts.verify_checkpoint(self._store.checkpoint(id)))
 
     @contextmanager
     def merged_files(self, id: str) -> Iterator[list[tuple[str, Path]]]:
         """A checkpoint merged into its whole base model, as `checkpoint_files`; gone when the block ends.
 
-        Raises: `ColaError(UNKNOWN_CHECKPOINT)`; `ColaError(NOT_MERGEABLE)`.
+        Raises: `ColaError`: UNKNOWN_CHECKPOINT, INVALID_FILE, NOT_MERGEABLE, and UNKNOWN_MODEL or BASE_MODEL_CHANGED
+        where the base model is not what the adapter was made on.
         """
         checkpoint = self._store.checkpoint(id)
+        job = self._store.job(checkpoint.job)
+        self._check_base(job)
+        adapter = self._artefacts.verify_checkpoint(checkpoint)
         with self._artefacts.scratch() as folder:
-            spec = self._store.job(checkpoint.job).spec
-            self._catalogue.write_merged(spec, self._artefacts.checkpoint_path(checkpoint.id), folder)
+            self._catalogue.write_merged(job.spec, adapter, folder)
             yield _files_in(folder)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -205,14 +237,29 @@ class JobService:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _stop(self, id: str, status: JobStatus, event: str, tell: Callable[[str], None]) -> Job:
-        try:
-            job = self._store.transition(id, status, event=event)
-        except ColaError:
-            if (job := self._store.job(id)).status != status:
-                raise
-            return job
-        tell(id)
+        with self._steering:
+            try:
+                job = self._store.transition(id, status, event=event)
+            except ColaError:
+                if (job := self._store.job(id)).status != status:
+                    raise
+                return job
+            tell(id)
         return job
+
+    def _check_artefacts(self, jobs: Sequence[Job]) -> None:
+        """Tells of files and checkpoints that are not here as they were: the log, and the jobs that need them."""
+        for record in self._store.artefacts():
+            if (error := _raised(self._artefacts.check, record)) is not None:
+                log.error("artefact is damaged", artefact=record.id, problem=error.message)
+                for job in jobs:
+                    if record.id in sources_of(job.spec):
+                        self._store.add_event(job.id, error.message, level="error")
+
+    def _check_base(self, job: Job) -> None:
+        began, current = self._store.base_digest(job.id), self._catalogue.digest(job.spec.model)
+        if began not in (None, current):
+            raise ColaError(Reason.BASE_MODEL_CHANGED, job=job.id, model=job.spec.model, began=began, current=current)
 
     def _model(self, name: str) -> ModelCard:
         cards = {card.id: card for card in self._catalogue.cards()}
@@ -244,6 +291,15 @@ class JobService:
         elif self._store.file(source).purpose != "adapter":
             problem = f"{source} was uploaded with purpose 'fine-tune'; it takes one of 'adapter'"
             raise ColaError(Reason.INVALID_JOB, param="adapter.init_from", problem=problem)
+
+
+def _raised(check: Callable[[T], None], of: T) -> ColaError | None:
+    """What a check finds, to be told and not to be stopped by."""
+    try:
+        check(of)
+    except ColaError as error:
+        return error
+    return None
 
 
 def _files_in(folder: Path) -> list[tuple[str, Path]]:

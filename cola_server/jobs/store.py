@@ -68,8 +68,8 @@ class JobStore:
 
     # --- jobs -------------------------------------------------------------------------------------------------------
 
-    def create_job(self, spec: JobSpec, idempotency_key: str | None = None) -> Job:
-        """A new job in `validating_files`, or the one that this key made before.
+    def create_job(self, spec: JobSpec, idempotency_key: str | None = None, *, base_digest: str | None = None) -> Job:
+        """A new job in `validating_files`, or the one that this key made before; `base_digest` is its base model's.
 
         Raises: `ColaError(UNKNOWN_FILE | UNKNOWN_CHECKPOINT)` for what the spec names and is not here;
         `ColaError(INVALID_JOB)` for a key that made a job of another spec.
@@ -83,6 +83,7 @@ class JobStore:
                 id=ids.new("ftjob"),
                 idempotency_key=idempotency_key,
                 spec=spec.model_dump(mode="json"),
+                base_digest=base_digest,
                 status=JobStatus.VALIDATING_FILES.value,
                 created_at=time.time(),
             )
@@ -102,6 +103,14 @@ class JobStore:
         """Raises: `ColaError(UNKNOWN_JOB)`."""
         with self._reading() as session:
             return records.job(rows.find_job(session, id))
+
+    def base_digest(self, id: str) -> str | None:
+        """The digest of the base model that a job began on; None for jobs that are older than digests.
+
+        Raises: `ColaError(UNKNOWN_JOB)`.
+        """
+        with self._reading() as session:
+            return rows.find_job(session, id).base_digest
 
     def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]:
         """Jobs, newest first, older than `after`. Raises: `ColaError(UNKNOWN_JOB)` for an unknown `after`."""
@@ -130,29 +139,41 @@ class JobStore:
     ) -> Job:
         """Moves a job to `status`, from `source` alone if that is given. An `event` is told in the same commit.
 
+        A full disk has room for this: jobs must be paused when there is none for anything else.
+
         Raises: `ColaError(UNKNOWN_JOB)`, `ColaError(ILLEGAL_TRANSITION)`.
         """
-        with self._writing() as session:
-            row = rows.find_job(session, id, lock=True)
-            check_transition(id, JobStatus(row.status), status)
-            if source is not None and row.status != source.value:
-                raise ColaError(Reason.ILLEGAL_TRANSITION, job=id, status=row.status, wanted=status)
-            now = time.time()
-            row.status = status.value
-            if status == JobStatus.RUNNING:
-                row.started_at = row.started_at or now
-            else:
-                row.waiting_for_workers = False
-                row.estimated_finish = None
-            if status.terminal:
-                row.finished_at = now
-            if error is not None:
-                row.error = error.model_dump(mode="json")
-            if fine_tuned_model is not None:
-                row.fine_tuned_model = fine_tuned_model
-            if event is not None:
-                rows.append_event(session, row, event, level, "status", {"status": status.value})
-            job = records.job(row)
+
+        def move() -> Job:
+            with self._writing() as session:
+                row = rows.find_job(session, id, lock=True)
+                check_transition(id, JobStatus(row.status), status)
+                if source is not None and row.status != source.value:
+                    raise ColaError(Reason.ILLEGAL_TRANSITION, job=id, status=row.status, wanted=status)
+                now = time.time()
+                row.status = status.value
+                if status == JobStatus.RUNNING:
+                    row.started_at = row.started_at or now
+                else:
+                    row.waiting_for_workers = False
+                    row.estimated_finish = None
+                if status.terminal:
+                    row.finished_at = now
+                if error is not None:
+                    row.error = error.model_dump(mode="json")
+                if fine_tuned_model is not None:
+                    row.fine_tuned_model = fine_tuned_model
+                if event is not None:
+                    rows.append_event(session, row, event, level, "status", {"status": status.value})
+                return records.job(row)
+
+        try:
+            job = move()
+        except ColaError as full:
+            if full.reason != Reason.STORAGE_FULL:
+                raise
+            self._database.let_reserve_go()
+            job = move()
         self._changed(id)
         return job
 
@@ -168,21 +189,17 @@ class JobStore:
             rows.find_job(session, id, lock=True).waiting_for_workers = waiting
         self._changed(id)
 
-    def progress(self, id: str, *, step: int, trained_tokens: int, estimated_finish: float | None = None) -> None:
-        """Notes how far the job is; a rewind takes it back. Raises: `ColaError(UNKNOWN_JOB)`."""
-        with self._writing() as session:
-            row = rows.find_job(session, id, lock=True)
-            row.step, row.trained_tokens, row.estimated_finish = step, trained_tokens, estimated_finish
-        self._changed(id)
-
-    def begin_epoch(self, id: str) -> int:
-        """The next epoch of a job, on disk before this returns: no epoch is ever given out twice.
+    def begin_epoch(self, id: str, *, step: int = 0, trained_tokens: int = 0) -> int:
+        """The next epoch of a job, which goes on from `step`: what lies past it is taken back, but for metrics, which
+        stay until their steps are repeated. On disk before this returns: no epoch is ever given out twice.
 
         Raises: `ColaError(UNKNOWN_JOB)`.
         """
+        self._database.reserve()  # an attempt begins: what a full disk took may be free again
         with self._writing() as session:
             row = rows.find_job(session, id, lock=True)
             row.epoch += 1
+            row.step, row.trained_tokens = step, trained_tokens
             epoch = row.epoch
         self._changed(id)
         return epoch
@@ -211,11 +228,25 @@ class JobStore:
             rows.find_job(session, job)
             return [records.event(row) for row in session.scalars(query)]
 
-    def put_metrics(self, job: str, metrics: StepMetrics) -> None:
-        """Stores a step's metrics; those of an earlier run of the same step go. Raises: `ColaError(UNKNOWN_JOB)`."""
+    def record_step(
+        self,
+        job: str,
+        metrics: StepMetrics,
+        *,
+        trained_tokens: int,
+        estimated_finish: float | None,
+        message: str,
+        data: dict[str, float | str],
+    ) -> None:
+        """Notes a step in one commit: its metrics, in the place of those of an earlier run of it, how far the job is,
+        and an event. Raises: `ColaError(UNKNOWN_JOB)`.
+        """
         with self._writing() as session:
-            rows.find_job(session, job)
+            row = rows.find_job(session, job, lock=True)
+            row.step, row.trained_tokens, row.estimated_finish = metrics.step, trained_tokens, estimated_finish
             session.merge(MetricsRow(job=job, **metrics.model_dump()))
+            rows.append_event(session, row, message, "info", "metrics", data)
+        self._changed(job)
 
     def metrics(self, job: str, after_step: int = 0) -> list[StepMetrics]:
         """The metrics of all steps later than `after_step`, in order. Raises: `ColaError(UNKNOWN_JOB)`."""
@@ -300,10 +331,12 @@ class JobStore:
                 query = query.where(CheckpointRow.number < rows.find_checkpoint(session, after).number)
             return [records.checkpoint(row) for row in session.scalars(query)]
 
-    def artefacts(self) -> set[str]:
-        """The ids of all files and checkpoints: what there should be artefacts of."""
+    def artefacts(self) -> list[FileObject | Checkpoint]:
+        """All files and checkpoints: what there should be artefacts of."""
         with self._reading() as session:
-            return {*session.scalars(select(FileRow.id)), *session.scalars(select(CheckpointRow.id))}
+            files = [records.file(row) for row in session.scalars(select(FileRow).order_by(FileRow.number))]
+            made = select(CheckpointRow).order_by(CheckpointRow.number)
+            return [*files, *(records.checkpoint(row) for row in session.scalars(made))]
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class JobRow(Table):
     id: Mapped[str] = mapped_column(unique=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    base_digest: Mapped[str | None]
+    """Of the base model that the job began on; none for a job that is older than this column."""
     status: Mapped[str] = mapped_column(index=True)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     fine_tuned_model: Mapped[str | None]

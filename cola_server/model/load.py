@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -68,6 +69,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     module.config.pad_token_id = tokenizer.pad_token_id  # decoders with a head look for their last token with it
     _freeze(module, gradient_checkpointing)
+    digest = _digest(module, head_name)
     module.to(place)
     return BaseModel(
         name=name,
@@ -79,6 +81,7 @@ def load(
         dtype=DTYPES[dtype],
         head_name=head_name,
         parameters=sum(p.numel() for p in module.parameters()),
+        digest=digest,
         gradient_checkpointing=gradient_checkpointing,
     )
 
@@ -113,6 +116,18 @@ def _head(module: PreTrainedModel, setting: str) -> str:
             return found[-1]
     problem = f"{type(module).__name__} has no classification head called {' or '.join(HEADS)}"
     raise ColaError(Reason.INVALID_CONFIG, setting=setting, problem=problem)
+
+
+def _digest(module: PreTrainedModel, head_name: str | None) -> str:
+    """Of names, dtypes, shapes and bytes of the weights and the buffers that are saved with them. A head is left out: a
+    job brings its own, and where the files have none this process made it up.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        if head_name is None or not name.startswith(f"{head_name}."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _freeze(module: PreTrainedModel, gradient_checkpointing: bool) -> None:

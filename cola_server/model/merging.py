@@ -5,7 +5,7 @@ merged site stays in host memory and goes back untouched, so that it is restored
 fp32 a merged weight is fp32, or a young ΔW would round away, and the module casts around it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -28,8 +28,8 @@ class _Place:
     adapter: Adapter
     parameters: Parameters
     module: nn.Linear | Conv1D
-    pristine: nn.Parameter
-    """W₀ as the model had it, in host memory while W is in its place."""
+    pristine: nn.Parameter = field(init=False)
+    """W₀, in host memory, while W is in its place."""
     weight: nn.Parameter | None = None
     """W, fp32, on the device. On the CPU it outlives a `restore`: fresh pages cost more than the products."""
 
@@ -41,7 +41,7 @@ class Merging:
     """
 
     def __init__(self, base: BaseModel, adapter: JobAdapter) -> None:
-        """Changes nothing yet. The base must hold its pristine weights, here and at every first `merge`."""
+        """Changes nothing yet. The base must hold its pristine weights at every first `merge`: `Seat` sees to that."""
         self._device = base.device
         self._merged = False
         self._places = []
@@ -49,8 +49,7 @@ class Merging:
             if site.kind != "head":
                 module = base.module.get_submodule(site.name)
                 assert isinstance(module, nn.Linear | Conv1D)
-                assert isinstance(module.weight, nn.Parameter)
-                self._places.append(_Place(site, form, parameters, module, module.weight))
+                self._places.append(_Place(site, form, parameters, module))
 
     def merge(self) -> None:
         """Makes the sites' weights W₀ + s·ΔW of the adapter as it is now; to be called again after every fold.
@@ -77,11 +76,12 @@ class Merging:
 
 
 def _enter(place: _Place, device: torch.device) -> None:
+    pristine = place.module.weight  # only now: at any other time another job's W may be in this place
+    assert isinstance(pristine, nn.Parameter)
+    place.pristine = pristine if device.type == "cpu" else nn.Parameter(pristine.cpu(), requires_grad=False)
     if place.weight is None:
-        fresh = torch.empty_like(place.module.weight, dtype=torch.float32)
+        fresh = torch.empty_like(pristine, dtype=torch.float32)
         place.weight = nn.Parameter(fresh, requires_grad=False)
-    if device.type != "cpu":
-        place.pristine = nn.Parameter(place.module.weight.cpu(), requires_grad=False)
     place.module.weight = place.weight
     if place.pristine.dtype != torch.float32:
         place.module.forward = partial(_forward_in_fp32, place.module)  # type: ignore[method-assign]

@@ -1,23 +1,25 @@
 """`cola.v1.Fleet.Attend`: one worker's stream between the network and the fleet.
 
-Four tasks: one reads, one writes what waits in the outbox, one keeps time (heartbeats out, lease in), and this one
-waits for the first of them, or for the server's own wish, to end it. Whatever the end, the fleet is told once.
+Five tasks: one reads, one writes what waits in the outbox, one sends heartbeats, one watches the lease, and this one
+waits for the first of them, or for the server's own wish, to end it. Whatever the end, the fleet is told once, and a
+worker that does not read keeps nobody from being told.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from cola_common.errors import ColaError, Reason
-from cola_common.messages import Heartbeat, Hello, ToServer, ToWorker
+from cola_common.messages import Heartbeat, Hello, ToServer, ToWorker, Welcome
 from cola_common.rpc.duplex import Duplex, MessageRefused, StreamBroken, StreamEnded, StreamFinished
 from cola_server.rpc.backend import Attendance, Fleet
 
 HELLO_SECONDS = 10.0  # a stream whose worker says nothing is closed
-FLUSH_SECONDS = 5.0  # what is being written when the server wants an end may be finished for so long
+FLUSH_SECONDS = 5.0  # what is being written when the server wants an end, and the Goodbye, may take so long
 
 Stream = Duplex[ToWorker, ToServer]
 
@@ -41,10 +43,12 @@ class FleetDoor:
         try:
             stream.admit = lambda message: fleet.admit(attendance, message)
             stream.chunk_bytes = welcome.chunk_bytes
-            await stream.send(welcome)
-            problem = await _Conversation(stream, fleet, attendance, self._pulse).run()
+            problem = await _Conversation(stream, fleet, attendance, self._pulse).run(welcome)
         except StreamEnded as end:
             problem = _told(end)
+        except ColaError as error:
+            problem = error.details.get("problem", error.message)
+            raise
         finally:
             fleet.leave(attendance, problem)
 
@@ -56,11 +60,12 @@ class _Conversation:
         self._attendance = attendance
         self._pulse = pulse
 
-    async def run(self) -> str:
+    async def run(self, welcome: Welcome) -> str:
         """Returns: why it is over. Raises: `StreamEnded`, and `ColaError` where the worker is sent away."""
         loop = asyncio.get_running_loop()
-        writer = loop.create_task(self._write())
-        tasks: list[asyncio.Task[None]] = [loop.create_task(self._read()), loop.create_task(self._keep_time()), writer]
+        writer = loop.create_task(self._write(welcome))
+        others = (self._read(), self._send_heartbeats(), self._watch_lease())
+        tasks: list[asyncio.Task[None]] = [*(loop.create_task(other) for other in others), writer]
         try:
             ends: list[asyncio.Future[Any]] = [*tasks, self._attendance.ended]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -69,10 +74,13 @@ class _Conversation:
                     task.result()
             error = self._attendance.ended.result()
             self._attendance.outbox.close()
-            await asyncio.wait([writer], timeout=FLUSH_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await asyncio.wait([writer])
+                    if error is None:
+                        await self._stream.goodbye("the server is done with this worker")
             if error is not None:
                 raise error
-            await self._stream.goodbye("the server is done with this worker")
             return "it was let go"
         finally:
             for task in tasks:
@@ -86,19 +94,26 @@ class _Conversation:
             except MessageRefused as refused:
                 self._fleet.refuse(self._attendance, refused.message, refused.error)
 
-    async def _write(self) -> None:
+    async def _write(self, welcome: Welcome) -> None:
+        await self._stream.send(welcome)
         while (message := await self._attendance.outbox.next()) is not None:
             await self._stream.send(message)
 
-    async def _keep_time(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._fleet.limits.heartbeat_seconds)
-            silence = time.monotonic() - self._stream.heard
-            if silence > self._fleet.limits.lease_seconds:
-                problem = f"it was silent for {silence:.0f} s"
-                raise ColaError(Reason.WORKER_LOST, worker=self._attendance.worker, problem=problem)
             if not self._stream.sending:  # a long message being written is a sign of life itself
                 await self._stream.send(self._pulse())
+
+    async def _watch_lease(self) -> None:
+        """A task of its own: what is sent to a worker that does not read waits for as long as the connection lasts."""
+        lease = self._fleet.limits.lease_seconds
+        while True:
+            left = self._stream.heard + lease - time.monotonic()
+            if left <= 0:
+                problem = f"it was silent for {lease:g} s"
+                raise ColaError(Reason.WORKER_LOST, worker=self._attendance.worker, problem=problem)
+            await asyncio.sleep(left)
 
 
 async def _hello(stream: Stream) -> Hello:

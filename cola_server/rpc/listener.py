@@ -1,5 +1,6 @@
 """The listening socket with all services on it."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,9 @@ class Listener:
         Raises: `ColaError(INVALID_CONFIG)`.
         """
         cert, key = self._tls
+        # Each connection takes a descriptor, and many systems give a process 1,024 until it asks for what it may have.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
             if cert is not None and key is not None:
                 pair = (key.read_bytes(), cert.read_bytes())

@@ -1,30 +1,64 @@
-"""A job under one epoch, from its start to its end or to the first failure.
+"""A job under one epoch: from a snapshot, or its start, to its end, to a planned move, or to the first failure.
 
-reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack
+reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack ─► snapshot?
 """
 
+import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
+import torch
+
+from cola_common import failpoints
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import StepMetrics
 from cola_common.messages import Calls, Delta, EncodedTensor, ShardPlan
 from cola_common.schedules import learning_rate
 from cola_common.tensor import encode
-from cola_server.fleet import Exchange, WorkerBlamed
+from cola_server.fleet import Exchange, WorkerBlamed, WorkerSlow
 from cola_server.model import JobAdapter, JobBatch, Merging, evaluate, train
 from cola_server.training import data
+from cola_server.training.cadence import Cadence
 from cola_server.training.captures import CapturePacker
 from cola_server.training.catalogue import capture_bytes
 from cola_server.training.checkpoints import write_checkpoint
 from cola_server.training.judgement import Judgement
+from cola_server.training.keeper import Keeper
+from cola_server.training.owners import Owners
+from cola_server.training.patience import Patience
 from cola_server.training.prepared import Prepared
 from cola_server.training.records import Records
 from cola_server.training.services import Services
+from cola_server.training.snapshots import Snapshot, Snapshots
 from cola_server.training.turn import Turn
+
+
+class End(Enum):
+    """How an attempt ends that does not fail."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    """The job was asked to give up its turn; a snapshot is where it stopped."""
+    MOVING = "moving"
+    """Its workers leave or others are better; a snapshot is where it stopped."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a job keeps from one attempt to the next."""
+
+    prepared: Prepared
+    services: Services
+    records: Records
+    snapshots: Snapshots
+    judgement: Judgement
+    owners: Owners
+    cadence: Cadence
+    turn: Turn
 
 
 @dataclass
@@ -55,72 +89,84 @@ class Trained:
 
 
 class Attempt:
-    """See the module."""
+    """See the module. `owners` says which worker has which shard, `start` where the job goes on from."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        epoch: int,
-        owners: Mapping[int, str],
-        services: Services,
-        records: Records,
-        judgement: Judgement,
-        turn: Turn,
-    ) -> None:
-        self._prepared = prepared
-        self._spec = prepared.spec
-        self._base = prepared.base
+    def __init__(self, course: Course, epoch: int, owners: Mapping[int, str], start: Snapshot | None) -> None:
+        self._course = course
+        self._prepared = course.prepared
+        self._spec = course.prepared.spec
+        self._base = course.prepared.base
+        self._services = course.services
+        self._numerics = course.services.numerics
+        self._records = course.records
         self._epoch = epoch
         self._owners = owners
-        self._services = services
-        self._numerics = services.numerics
-        self._records = records
-        self._judgement = judgement
-        self._turn = turn
-        self._shapes = [build(s.family, s.d_in, s.d_out).shapes() for s in prepared.sites]
-        self._trained_tokens = 0
+        self._start = start
+        self._shapes = [build(s.family, s.d_in, s.d_out).shapes() for s in self._prepared.sites]
+        self.folded = 0
+        """Steps so far."""
+        self._patience = Patience()
+        self._trained_tokens = start.trained_tokens if start else 0
+        self._fleet_change = self._services.fleet.change()
 
-    async def run(self) -> None:
-        """Raises: `WorkerLost`, `WorkerBlamed`; `ColaError` where the job is at fault."""
+    async def run(self) -> End:
+        """Raises: `WorkerLost`, `WorkerBlamed`, `WorkerSlow`; `ColaError` where the job is at fault, the disk full."""
+        fleet, sites = self._services.fleet, self._prepared.sites
         exchange = Exchange(
             job=self._prepared.job,
             epoch=self._epoch,
             owners=self._owners,
-            outboxes=self._services.fleet.outboxes(set(self._owners.values())),
+            outboxes=fleet.outboxes(set(self._owners.values())),
+            sites=[s.name for s in sites],
             shapes=self._shapes,
             max_grad_norm=self._prepared.plan.max_grad_norm,
         )
         loads = dict.fromkeys(exchange.workers, 0)
-        for site in self._prepared.sites:
+        for site in sites:
             loads[self._owners[site.index]] += self._prepared.parameter_bytes(site)
-        self._services.fleet.open(exchange, loads)
-        reason = "the job is over"
+        fleet.open(exchange, loads)
+        self._course.owners.settled()
+        reason, keep, merging = "the job is over", False, None
+        keeper = Keeper(exchange, self._course.snapshots)
         try:
-            adapter, parameters = await self._numerics.run(self._start)
+            adapter = await self._numerics.run(self._adapter)
             merging = Merging(self._base, adapter) if self._spec.fold == "merged" else None
-            exchange.assign(
-                step=0,
-                plan=self._prepared.plan,
-                values=self._spec.wire.values,
-                max_rows=self._max_rows(),
-                shards=[ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in self._prepared.sites],
-                parameters=parameters,
-            )
-            try:
-                await self._merge(merging)
-                await self._steps(exchange, adapter, merging)
-            finally:
-                await self._unmerge(merging)
+            await self._assign(exchange, adapter)
+            failpoints.hit("assign.sent")
+            end = await self._steps(exchange, keeper, adapter, merging)
+            if end != End.FINISHED:
+                reason, keep = f"the job is {end.value}", True
+            return end
+        except asyncio.CancelledError:
+            reason = "the job is cancelled"
+            raise
         except BaseException as error:
-            reason = f"the attempt ended: {str(error) or type(error).__name__}"
+            reason, keep = f"the attempt ended: {str(error) or type(error).__name__}", True
             raise
         finally:
-            self._services.fleet.release(exchange, reason, keep=False)
+            fleet.release(exchange, reason, keep=keep)
+            await keeper.close()
+            await self._numerics.run(self._base.seat.leave, merging)
 
-    def _start(self) -> tuple[JobAdapter, list[Mapping[str, EncodedTensor]]]:
-        p = self._prepared
-        adapter = JobAdapter.initial(p.sites, self._spec.seed, self._base.device, p.start)
-        return adapter, [{k: encode(v, "fp32") for k, v in shard.items()} for shard in adapter.state()]
+    def _adapter(self) -> JobAdapter:
+        p, start = self._prepared, self._start
+        if start is None:
+            return JobAdapter.initial(p.sites, self._spec.seed, self._base.device, p.start)
+        return JobAdapter(p.sites, start.parameters, self._base.device, version=start.step)
+
+    async def _assign(self, exchange: Exchange, adapter: JobAdapter) -> None:
+        start = self._start
+        exchange.assign(
+            step=start.step if start else 0,
+            plan=self._prepared.plan,
+            values=self._spec.wire.values,
+            max_rows=self._max_rows(),
+            shards=[ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in self._prepared.sites],
+            parameters=[_encoded(shard) for shard in await self._numerics.run(adapter.state)],
+            optimizer=[_encoded(shard) for shard in start.optimizer] if start else (),
+            digests=start.digests if start else (),
+            owned=self._course.owners.owned(self._owners, start) if start else (),
+        )
 
     def _max_rows(self) -> int:
         h = self._spec.hyperparameters
@@ -128,30 +174,62 @@ class Attempt:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    async def _steps(self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None) -> None:
-        p = self._prepared
+    async def _steps(self, exchange: Exchange, keeper: Keeper, adapter: JobAdapter, merging: Merging | None) -> End:
+        p, cadence = self._prepared, self._course.cadence
         interval = self._spec.hyperparameters.adaptation_interval
+        start = self._start.step if self._start else 0
         began = time.time()
-        for step in range(p.total_steps):
-            if self._turn.paused:
-                await self._pause(merging)
+        cadence.taken()
+        for step in range(start, p.total_steps):
+            if (end := self._departure(exchange)) is not None:
+                if step > start:
+                    await keeper.wait()
+                    await self._snapshot(keeper, adapter)
+                    await keeper.wait()
+                return end
+            keeper.look()
+            if cadence.due and not keeper.busy:
+                if (excess := cadence.excess()) is not None:
+                    await self._records.tell(excess, level="warn")
+                await self._snapshot(keeper, adapter)
             first = step * interval
             last = min(first + interval, p.total_batches)
             metrics = await self._step(exchange, adapter, merging, step, range(first, last))
+            cadence.stepped(metrics.seconds, metrics.sent_bytes + metrics.received_bytes)
             self._trained_tokens += metrics.tokens
             end_of_epoch = last // p.batches.per_epoch > first // p.batches.per_epoch
             final = step + 1 == p.total_steps
             if (end_of_epoch or final) and p.validation is not None:
                 valid_loss = await self._numerics.run(self._evaluate, adapter, merging)
                 metrics = metrics.model_copy(update={"valid_loss": valid_loss})
-            finish = time.time() + (time.time() - began) / (step + 1) * (p.total_steps - step - 1)
+            finish = time.time() + (time.time() - began) / (step + 1 - start) * (p.total_steps - step - 1)
             await self._records.step(
                 metrics, trained_tokens=self._trained_tokens, finish=finish, total_steps=p.total_steps
             )
+            failpoints.hit("step.after_commit")
             if end_of_epoch or final:
                 await self._numerics.run(self._checkpoint, exchange.job, adapter, metrics)
                 await self._records.tell(f"Checkpoint at step {metrics.step}.")
             await self._convict(step, exchange.workers)
+        return End.FINISHED
+
+    def _departure(self, exchange: Exchange) -> End | None:
+        """Whether the job should stop here, between two steps."""
+        if self._course.turn.interrupted:
+            return End.INTERRUPTED
+        if exchange.leaving:
+            return End.MOVING
+        if self._fleet_change.done():
+            self._fleet_change = self._services.fleet.change()
+            if self._course.owners.better(self._owners):
+                return End.MOVING
+        return None
+
+    async def _snapshot(self, keeper: Keeper, adapter: JobAdapter) -> None:
+        """Begins a snapshot of the job as it is between two steps."""
+        parameters = await self._numerics.run(adapter.state)
+        self._course.cadence.taken()
+        keeper.begin(parameters, self._trained_tokens)
 
     async def _step(
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, batches: range
@@ -168,13 +246,19 @@ class Attempt:
             totals.sent_bytes += sum(trained.sent.values())
             closes = totals.batches if number == batches[-1] else 0
             exchange.end_batch(batch=number, batches=closes, calls=trained.calls)
+            failpoints.hit("batch.sent")
         handed_over = time.perf_counter()
-        deltas = await exchange.deltas()
+        deltas = await self._deltas(exchange)
         waited = time.perf_counter() - handed_over
+        self._patience.waited(waited)
+        failpoints.hit("step.before_fold")
         worker_seconds = max(d.worker_seconds for d in deltas)
         digests, fold_seconds = await self._numerics.run(self._fold, adapter, merging, exchange.workers, deltas, step)
+        failpoints.hit("step.after_fold")
         grad_norm = exchange.grad_norm()
         exchange.acknowledge(digests)
+        self.folded += 1
+        failpoints.hit("step.acknowledged")
         return StepMetrics(
             step=step + 1,
             epoch=self._epoch,
@@ -193,6 +277,16 @@ class Attempt:
             sent_bytes=totals.sent_bytes,
             received_bytes=sum(t.nbytes for d in deltas for t in d.tensors),
         )
+
+    async def _deltas(self, exchange: Exchange) -> Sequence[Delta]:
+        """The step's deltas. Raises: as `Exchange.deltas`; `WorkerSlow` only where the job could go on elsewhere."""
+        try:
+            return await exchange.deltas(within=self._patience.limit())
+        except WorkerSlow as slow:
+            if self._course.owners.elsewhere(slow.workers):
+                raise
+            await self._records.tell(f"Waiting: {slow}, and there is no other worker.", level="warn")
+            return await exchange.deltas()
 
     async def _batch(
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, number: int
@@ -235,6 +329,7 @@ class Attempt:
             owners=self._owners,
             emit=exchange.emit,
         )
+        self._base.seat.take(merging)
         batch = self._job_batch(examples, adapter, merging)
         (result,) = train(self._base, [replace(batch, sink=packer, job=exchange.job, step=step)])
         packer.finish()
@@ -266,7 +361,7 @@ class Attempt:
             except ColaError as error:
                 raise WorkerBlamed(worker, step, error) from None
         if merging is not None:
-            merging.merge()
+            self._base.seat.refresh(merging)
         return digests, time.perf_counter() - started
 
     @staticmethod
@@ -283,6 +378,7 @@ class Attempt:
         """The mean loss over the validation file's target tokens."""
         validation = self._prepared.validation
         assert validation is not None
+        self._base.seat.take(merging)
         size = self._spec.hyperparameters.batch_size
         loss, targets = 0.0, 0
         for start in range(0, len(validation.examples), size):
@@ -298,26 +394,12 @@ class Attempt:
         ids, mask, labels = data.collate(examples, self._prepared.pad_id, self._prepared.max_positions)
         return JobBatch(input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None)
 
-    # --- merging and pausing ----------------------------------------------------------------------------------------
-
-    async def _pause(self, merging: Merging | None) -> None:
-        await self._unmerge(merging)
-        await self._records.tell(f"Paused; {self._trained_tokens} tokens so far.")
-        await self._turn.again()
-        while not await self._records.running():
-            await self._turn.again()
-        await self._merge(merging)
-
-    async def _merge(self, merging: Merging | None) -> None:
-        if merging is not None:
-            await self._numerics.run(merging.merge)
-
-    async def _unmerge(self, merging: Merging | None) -> None:
-        if merging is not None:
-            await self._numerics.run(merging.restore)
-
     async def _convict(self, step: int, workers: list[str]) -> None:
-        verdict = self._judgement.passed(step, workers)
+        verdict = self._course.judgement.passed(step, workers)
         if verdict is not None:
             self._services.fleet.quarantine(verdict.worker, verdict.problem)
             await self._records.tell(f"Worker {verdict.worker} is quarantined: {verdict.problem}", level="warn")
+
+
+def _encoded(shard: Mapping[str, torch.Tensor]) -> dict[str, EncodedTensor]:
+    return {name: encode(values, "fp32") for name, values in shard.items()}

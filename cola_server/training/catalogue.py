@@ -58,6 +58,10 @@ class Catalogue:
             raise ColaError(Reason.UNKNOWN_MODEL, model=name, known=", ".join(near))
         return self._models[name]
 
+    def digest(self, name: str) -> str:
+        """The digest of a model's weights. Raises: `ColaError(UNKNOWN_MODEL)`."""
+        return self.model(name).digest
+
     def sites(self, spec: JobSpec, labels: int | None) -> tuple[Site, ...]:
         """The sites that a job adapts. May wait for the numerics thread: not for the event loop, not for that thread.
 

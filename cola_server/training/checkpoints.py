@@ -2,7 +2,7 @@
 
 import time
 
-from cola_common import ids
+from cola_common import failpoints, ids
 from cola_common.adapters import peft_format
 from cola_common.jobs import Checkpoint, StepMetrics
 from cola_server.model import JobAdapter
@@ -41,7 +41,9 @@ def write_checkpoint(
         metrics=losses,
         digest=digest,
     )
+    failpoints.hit("checkpoint.before_record")
     kept = services.store.add_checkpoint(record)
+    failpoints.hit("checkpoint.after_record")
     if kept.id != id:  # the job came to this step before, under an earlier epoch
         services.artefacts.remove(id)
     return kept

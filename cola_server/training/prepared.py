@@ -1,8 +1,10 @@
 """What a job is made of once its files are read: data, sites, plan, and where its adapter starts."""
 
+from collections.abc import Sequence
+
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Job
+from cola_common.jobs import FileObject, Job
 from cola_common.messages import OptimizerPlan
 from cola_common.schedules import warmup_steps
 from cola_server.jobs import Artefacts
@@ -12,13 +14,18 @@ from cola_server.training.catalogue import Catalogue
 
 
 class Prepared:
-    """Reads and checks all that a job needs. May wait for the numerics thread. Raises: `ColaError`."""
+    """Reads and checks all that a job needs; `files` are its uploads. May wait for the numerics thread.
 
-    def __init__(self, job: Job, catalogue: Catalogue, artefacts: Artefacts) -> None:
+    Raises: `ColaError`.
+    """
+
+    def __init__(self, job: Job, files: Sequence[FileObject], catalogue: Catalogue, artefacts: Artefacts) -> None:
         spec, h = job.spec, job.spec.hyperparameters
         self.job = job.id
         self.spec = spec
         self.base: BaseModel = catalogue.model(spec.model)
+        for record in files:
+            artefacts.verify_file(record)
         read = artefacts.file_path
         self.training = data.read(read(spec.training_file), self.base.task, self.base.tokenizer, h.max_length)
         self.validation = (
@@ -75,6 +82,12 @@ class Prepared:
     def max_positions(self) -> int | None:
         """The longest row that the model takes, where it says so."""
         return getattr(self.base.module.config, "max_position_embeddings", None)
+
+    @property
+    def state_bytes(self) -> int:
+        """What a snapshot weighs: fp32 parameters and what the optimizer keeps of them."""
+        copies = {"adamw": 2, "sgd": 1 if self.plan.momentum else 0}[self.plan.optimizer]
+        return (1 + copies) * sum(self.parameter_bytes(site) for site in self.sites)
 
     @staticmethod
     def parameter_bytes(site: Site) -> int:

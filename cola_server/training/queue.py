@@ -1,4 +1,4 @@
-"""The jobs of a server: each runs as a task from its submission on, and the line lets one at a time at the model.
+"""The jobs of a server: each runs as a task from its submission on, and the line lets so many of them run at once.
 
 `submit`, `cancel`, `pause` and `resume` may be called from any thread: the rules that allow them and the statuses that
 they leave are those of `cola_server.jobs`.
@@ -13,6 +13,8 @@ from cola_server.training.run import JobRun
 from cola_server.training.services import Services
 from cola_server.training.turn import Turn
 
+DRAIN_SECONDS = 20.0  # with the rest of the shutdown it stays within the usual 30 of an orchestrator
+
 log = structlog.get_logger(__name__)
 
 
@@ -22,7 +24,7 @@ class JobQueue:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._loop = asyncio.get_running_loop()
-        self._line = asyncio.Lock()
+        self._line = asyncio.Semaphore(services.max_running_jobs)
         self._preparing = asyncio.Lock()  # one at a time, so that jobs come to the line in the order of submission
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turns: dict[str, Turn] = {}
@@ -43,6 +45,15 @@ class JobQueue:
     def resume(self, job: str) -> None:
         """The job goes on when its turn comes."""
         self._call(self._resume, job)
+
+    async def drain(self) -> None:
+        """Lets running jobs come to a snapshot at their next step, for `DRAIN_SECONDS` at most, and starts none."""
+        self._closing = True
+        for turn in self._turns.values():
+            turn.stop()
+        running = [self._tasks[job] for job, turn in self._turns.items() if turn.held]
+        if running:
+            await asyncio.wait(running, timeout=DRAIN_SECONDS)
 
     async def close(self) -> None:
         """Ends every task. The jobs keep their statuses: a server that starts again goes on with them."""
@@ -65,7 +76,9 @@ class JobQueue:
 
     def _cancel(self, job: str) -> None:
         if job in self._tasks:
-            self._tasks[job].cancel()
+            self._tasks[job].cancel()  # its run removes the snapshots, when it writes no more
+        else:
+            self._loop.run_in_executor(None, self._services.artefacts.remove_snapshots, job)
 
     def _pause(self, job: str) -> None:
         if job in self._turns:

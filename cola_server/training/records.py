@@ -1,12 +1,14 @@
 """What a job leaves in the store while it runs: metrics, events, checkpoints, and its end."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Job, JobFailure, JobStatus, StepMetrics
+from cola_common.jobs import FileObject, Job, JobFailure, JobStatus, StepMetrics
 from cola_server.jobs import JobStore
+from cola_server.training.snapshots import Snapshot
 
 
 class Records:
@@ -20,31 +22,50 @@ class Records:
         """The job as it stands."""
         return await asyncio.to_thread(self._store.job, self._job)
 
+    async def files(self) -> list[FileObject]:
+        """The uploads that the job reads."""
+
+        def read() -> list[FileObject]:
+            spec = self._store.job(self._job).spec
+            ids = (spec.training_file, spec.validation_file, spec.adapter.init_from)
+            return [self._store.file(id) for id in ids if id is not None and id.startswith("file-")]
+
+        return await asyncio.to_thread(read)
+
     async def validated(self, examples: int, total_steps: int) -> None:
         """The files are read: the job may run."""
 
         def write() -> None:
             self._store.set_total_steps(self._job, total_steps)
-            if self._store.job(self._job).status == JobStatus.VALIDATING_FILES:
-                text = f"Files validated: {examples} examples, {total_steps} steps. Queued."
-                self._store.transition(self._job, JobStatus.QUEUED, event=text)
+            text = f"Files validated: {examples} examples, {total_steps} steps. Queued."
+            with _unless_illegal():  # it was validated before, or has been paused or cancelled meanwhile
+                self._store.transition(self._job, JobStatus.QUEUED, source=JobStatus.VALIDATING_FILES, event=text)
 
         await asyncio.to_thread(write)
 
     async def running(self) -> bool:
         """The job has its turn. Returns: False where its user has just paused or cancelled it."""
-        move = self._store.transition
-        try:
-            await asyncio.to_thread(move, self._job, JobStatus.RUNNING, source=JobStatus.QUEUED, event="Running.")
-        except ColaError as error:
-            if error.reason != Reason.ILLEGAL_TRANSITION:
-                raise
-            return False
-        return True
 
-    async def begin_epoch(self) -> int:
-        """A new epoch, committed before anything is assigned under it."""
-        return await asyncio.to_thread(self._store.begin_epoch, self._job)
+        def write() -> bool:
+            with _unless_illegal():
+                self._store.transition(self._job, JobStatus.RUNNING, source=JobStatus.QUEUED, event="Running.")
+            return self._store.job(self._job).status == JobStatus.RUNNING
+
+        return await asyncio.to_thread(write)
+
+    async def begin_epoch(self, start: Snapshot | None) -> int:
+        """A new epoch, committed before anything is assigned under it; the log tells where it goes on from."""
+
+        def write() -> int:
+            step, tokens = (start.step, start.trained_tokens) if start else (0, 0)
+            epoch = self._store.begin_epoch(self._job, step=step, trained_tokens=tokens)
+            if start:
+                self._store.add_event(self._job, f"Going on from the snapshot after step {step}.", data={"step": step})
+            elif epoch > 1:
+                self._store.add_event(self._job, "Starting again: there is no snapshot yet.", data={"step": 0})
+            return epoch
+
+        return await asyncio.to_thread(write)
 
     async def waiting(self, waiting: bool) -> None:
         """Whether the job waits for workers."""
@@ -64,16 +85,28 @@ class Records:
             text += f", validation loss={metrics.valid_loss:.4f}"
             numbers = {**numbers, "valid_loss": metrics.valid_loss}
 
-        def write() -> None:
-            self._store.put_metrics(self._job, metrics)
-            self._store.progress(self._job, step=metrics.step, trained_tokens=trained_tokens, estimated_finish=finish)
-            self._store.add_event(self._job, text, type="metrics", data=dict(numbers))
-
-        await asyncio.to_thread(write)
+        await asyncio.to_thread(
+            self._store.record_step,
+            self._job,
+            metrics,
+            trained_tokens=trained_tokens,
+            estimated_finish=finish,
+            message=text,
+            data=dict(numbers),
+        )
 
     async def tell(self, message: str, level: Literal["info", "warn", "error"] = "info") -> None:
         """An event in words."""
         await asyncio.to_thread(lambda: self._store.add_event(self._job, message, level=level))
+
+    async def hold(self, error: ColaError) -> None:
+        """The job waits for its user; one that was paused or has ended meanwhile stays so."""
+
+        def write() -> None:
+            with _unless_illegal():
+                self._store.transition(self._job, JobStatus.PAUSED, event=f"Paused: {error.message}.", level="error")
+
+        await asyncio.to_thread(write)
 
     async def finish(self, error: ColaError | None) -> None:
         """The job's end, unless it was cancelled first."""
@@ -90,3 +123,13 @@ class Records:
                 self._store.transition(self._job, JobStatus.FAILED, error=failure, event=text, level="error")
 
         await asyncio.to_thread(write)
+
+
+@contextmanager
+def _unless_illegal() -> Iterator[None]:
+    """Passes over a move that the job's status no longer allows: its user was faster."""
+    try:
+        yield
+    except ColaError as error:
+        if error.reason != Reason.ILLEGAL_TRANSITION:
+            raise

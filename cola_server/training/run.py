@@ -1,94 +1,192 @@
-"""One job's loop: batches go through the model, captures to the workers, deltas into the fold.
+"""One job's loop: attempts, each under an epoch of its own, until one reaches the job's end.
 
-    data ─► reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack
-
-Whatever fails, the job goes back to its start under a new epoch: the start is its only snapshot.
+Whatever fails, and whatever is planned, the job goes on from its last snapshot: there is no second way.
 """
 
 import asyncio
 from collections.abc import Mapping
 
+import structlog
+
+from cola_common import failpoints
 from cola_common.errors import ColaError, Reason
-from cola_server.fleet import ShardLoad, WorkerBlamed, WorkerLost, place
-from cola_server.training.attempt import Attempt
+from cola_server.fleet import WorkerBlamed, WorkerLost, WorkerSlow
+from cola_server.training.attempt import Attempt, Course, End
+from cola_server.training.cadence import Cadence
 from cola_server.training.judgement import Judgement
+from cola_server.training.owners import Owners
 from cola_server.training.prepared import Prepared
 from cola_server.training.records import Records
 from cola_server.training.services import Services
-from cola_server.training.turn import Turn
+from cola_server.training.snapshots import Snapshot, Snapshots
+from cola_server.training.turn import Stopped, Turn
+
+log = structlog.get_logger(__name__)
+
+LONGEST_PAUSE_SECONDS = 10.0  # between attempts of which none comes to a step
+HOLD_SECONDS = 2.0  # between attempts to note on a full disk that it is full
 
 
 class JobRun:
     """A job from its first batch to its last checkpoint; see the module."""
 
     def __init__(self, job: str, services: Services, turn: Turn, preparing: asyncio.Lock) -> None:
+        self._job = job
         self._services = services
         self._turn = turn
         self._preparing = preparing
         self._records = Records(job, services.store)
-        self._judgement = Judgement()
+        self._fruitless = 0  # attempts in a row that failed before their first step
 
     async def run(self) -> None:
-        """Runs the job to its end, which is in the store when this returns. Cancelled, it leaves the status to the
-        canceller.
+        """Runs the job to its end, which is in the store when this returns. Cancelled or stopped, it leaves the status
+        as it is.
         """
         try:
-            async with self._preparing:
-                prepared = await self._prepare()
+            course = await self._prepare()
             async with self._turn:
-                while not await self._records.running():
-                    await self._turn.again()
-                await self._attempts(prepared)
-                await self._records.finish(None)
+                await self._running()
+                await self._attempts(course)
+        except Stopped:
+            pass
         except ColaError as error:
             await self._records.finish(error)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             await self._records.finish(ColaError(Reason.INTERNAL, problem=problem))
             raise
+        finally:
+            await asyncio.to_thread(self._tidy)
 
-    async def _prepare(self) -> Prepared:
-        job = await self._records.job()
-        prepared = await asyncio.to_thread(Prepared, job, self._services.catalogue, self._services.artefacts)
-        await self._records.validated(len(prepared.training.examples), prepared.total_steps)
+    async def _prepare(self) -> Course:
+        while True:
+            try:
+                async with self._preparing:
+                    return await self._read()
+            except ColaError as error:
+                if error.reason != Reason.STORAGE_FULL:
+                    raise
+                await self._hold(error)
+                await self._turn.wanted()
+
+    async def _read(self) -> Course:
+        services, records = self._services, self._records
+        job = await records.job()
+        files = await records.files()
+        prepared = await asyncio.to_thread(Prepared, job, files, services.catalogue, services.artefacts)
+        await records.validated(len(prepared.training.examples), prepared.total_steps)
         if prepared.without_target:
             length = prepared.spec.hyperparameters.max_length
             text = f"{prepared.without_target} examples have no target left within max_length={length}."
+            await records.tell(text, level="warn")
+        judgement = Judgement()
+        return Course(
+            prepared=prepared,
+            services=services,
+            records=records,
+            snapshots=Snapshots(prepared, services.artefacts),
+            judgement=judgement,
+            owners=Owners(prepared, services, judgement),
+            cadence=Cadence(services.snapshots, prepared.state_bytes),
+            turn=self._turn,
+        )
+
+    async def _running(self) -> None:
+        """Waits until the job is the store's to run, giving up the turn as long as its user holds it."""
+        while not await self._records.running():
+            await self._turn.again()
+
+    async def _attempts(self, course: Course) -> None:
+        try:
+            while await self._go_on(course):
+                pass
+        finally:
+            course.owners.settled()
+
+    async def _go_on(self, course: Course) -> bool:
+        """One attempt and what follows from its end. Returns: whether the job needs another."""
+        try:
+            end = await self._attempt(course)
+            if end == End.FINISHED:
+                failpoints.hit("finish.before_commit")
+                await self._records.finish(None)
+                failpoints.hit("finish.after_commit")
+                return False
+            if end == End.INTERRUPTED:
+                await self._turn.again()
+                await self._running()
+        except WorkerLost as lost:
+            await self._records.tell(f"Worker {lost.worker} is lost: {lost.problem}.", level="warn")
+        except WorkerSlow as slow:
+            course.owners.avoid(slow.workers)
+            await self._records.tell(f"The job moves: {slow}.", level="warn")
+        except WorkerBlamed as fault:
+            text = f"Worker {fault.worker}, step {fault.step + 1}: {fault.error}."
             await self._records.tell(text, level="warn")
-        return prepared
+            course.judgement.blame(fault)
+        except ColaError as error:
+            if error.reason != Reason.STORAGE_FULL:
+                raise
+            await self._hold(error)
+            await self._turn.again()
+            await self._running()
+        return True
 
-    async def _attempts(self, prepared: Prepared) -> None:
-        while True:
-            epoch = await self._records.begin_epoch()
-            owners = await self._place(prepared)
-            attempt = Attempt(prepared, epoch, owners, self._services, self._records, self._judgement, self._turn)
-            try:
-                await attempt.run()
-                return
-            except WorkerLost as lost:
-                text = f"Worker {lost.worker} is lost ({lost.problem}); the job starts again."
-                await self._records.tell(text, level="warn")
-            except WorkerBlamed as fault:
-                text = f"Worker {fault.worker}, step {fault.step + 1}: {fault.error}; the job starts again."
-                await self._records.tell(text, level="warn")
-                self._judgement.blame(fault)
+    async def _attempt(self, course: Course) -> End:
+        if self._fruitless:
+            await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.05 * 2**self._fruitless))
+        start, damaged = await asyncio.to_thread(course.snapshots.newest)
+        for name in damaged:
+            text = f"Snapshot {name} is damaged and set aside; the one before it is used."
+            await self._records.tell(text, level="warn")
+        owners = await self._place(course, start)
+        if owners is None:
+            return End.INTERRUPTED
+        failpoints.hit("epoch.before_commit")
+        epoch = await self._records.begin_epoch(start)
+        failpoints.hit("epoch.after_commit")
+        log.info("attempt", job=self._job, epoch=epoch, step=start.step if start else 0, workers=set(owners.values()))
+        attempt = Attempt(course, epoch, owners, start)
+        try:
+            return await attempt.run()
+        finally:
+            self._fruitless = 0 if attempt.folded else self._fruitless + 1
 
-    async def _place(self, prepared: Prepared) -> Mapping[int, str]:
-        fleet = self._services.fleet
-        shards = [ShardLoad(s.index, s.group, prepared.parameter_bytes(s)) for s in prepared.sites]
+    async def _place(self, course: Course, start: Snapshot | None) -> Mapping[int, str] | None:
+        """Waits for workers that can carry the job. Returns: None where the job is asked to give up its turn first."""
         waiting = False
+        interruption = asyncio.ensure_future(self._turn.interruption())
+        try:
+            while not self._turn.interrupted:
+                change = course.owners.change()
+                owners = course.owners.find(start)
+                if owners is not None:
+                    if waiting:
+                        waiting = False
+                        await self._records.waiting(False)
+                        continue  # that took a while: look again at who is there
+                    return owners
+                if not waiting:
+                    waiting = True
+                    await self._records.waiting(True)
+                await asyncio.wait([change, interruption], return_when=asyncio.FIRST_COMPLETED)
+            return None
+        finally:
+            interruption.cancel()
+
+    async def _hold(self, error: ColaError) -> None:
+        """Pauses the job: its user resumes it once there is room."""
+        self._turn.pause()
         while True:
-            change = fleet.change()
-            candidates = fleet.candidates(values=prepared.spec.wire.values)
-            avoid = self._judgement.avoid(others=len(candidates) > 1)
-            owners = place(shards, [c for c in candidates if c.worker not in avoid], self._services.split)
-            if owners is not None:
-                if waiting:
-                    waiting = False
-                    await self._records.waiting(False)
-                    continue  # that took a while: look again at who is there
-                return owners
-            if not waiting:
-                waiting = True
-                await self._records.waiting(True)
-            await asyncio.wait([change])
+            try:
+                await self._records.hold(error)
+                break
+            except ColaError as still:
+                if still.reason != Reason.STORAGE_FULL:
+                    raise
+                await asyncio.sleep(HOLD_SECONDS)
+
+    def _tidy(self) -> None:
+        """A job that is over needs no snapshots."""
+        if self._services.store.job(self._job).status.terminal:
+            self._services.artefacts.remove_snapshots(self._job)

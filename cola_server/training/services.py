@@ -1,9 +1,11 @@
 """What every job's loop uses."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from cola_server.fleet import Fleet
 from cola_server.jobs import Artefacts, JobStore
+from cola_server.training.cadence import SnapshotLimits
 from cola_server.training.catalogue import Catalogue
 from cola_server.training.numerics import Numerics
 
@@ -19,3 +21,7 @@ class Services:
     numerics: Numerics
     split: int
     """Workers that a job's shards are dealt out to; 1 keeps a job together."""
+    snapshots: SnapshotLimits
+    max_running_jobs: int
+    moves: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the one job that is on its way to better workers."""

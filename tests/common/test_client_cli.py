@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cola_common import __version__, ids
-from cola_common.client import Client
+from cola_common.client import Client, Reason
 from cola_common.client.cli import app
 from cola_common.client.connection import PATIENCE_SECONDS
 from cola_common.client.sync import Models
@@ -109,6 +109,16 @@ def test_a_path_in_place_of_a_files_id_is_uploaded(cola, served, tmp_path):
     assert created["spec"]["training_file"] == file.id
 
 
+def test_a_key_finds_what_it_made(cola, served, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"row\n")
+    upload = ["files", "create", tmp_path / "train.jsonl", "--idempotency-key", "data"]
+    submit = ["jobs", "create", "--model", "tiny", "--training-file", tmp_path / "train.jsonl"]
+    for command in (upload, [*submit, "--idempotency-key", "one"], [*submit, "--idempotency-key", "two"]):
+        assert cola(*command).stdout == cola(*command).stdout
+    assert len(served.state.jobs) == 2
+    assert len(served.state.files) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -183,7 +193,14 @@ def test_models_and_workers_in_both_formats(cola, served):
     assert [model["id"] for model in as_json(cola, "models", "list")] == ["tiny"]
     assert "135M" in cola("models", "list").stdout
     assert [worker["status"] for worker in as_json(cola, "workers", "list")] == ["attending", "lost"]
-    assert served.state.workers[0].id in cola("workers", "list").stdout
+    worker = served.state.workers[0].id
+    assert worker in cola("workers", "list").stdout
+    row = cola("workers", "drain", worker).stdout.splitlines()[1].split()
+    assert row[:2] == [worker, "draining"]
+    served.state.faults["Workers.Drain"] = [Reason.UNAVAILABLE]
+    assert as_json(cola, "workers", "drain", worker)["status"] == "draining"
+    assert as_json(cola, "workers", "list")[0]["status"] == "draining"
+    assert "no worker 'me' attends" in cola("workers", "drain", "me", code=1).stderr
     served.state.workers.clear()
     assert cola("workers", "list").stdout == "No workers.\n"
 

@@ -75,6 +75,15 @@ async def test_an_upload_whose_answer_is_lost_is_repeated_and_makes_one_file(cli
     assert await client.files.content(file.id) == b"row\n"
 
 
+async def test_one_key_makes_one_file(client, served):
+    before = set(served.state.files)
+    one, two = [
+        await client.files.create(file=b"row\n", purpose="fine-tune", idempotency_key="nightly") for _ in range(2)
+    ]
+    assert one == two
+    assert set(served.state.files) - before == {one.id}
+
+
 async def test_two_uploads_of_the_same_bytes_are_two_files(client):
     one = await client.files.create(file=b"row\n", purpose="fine-tune")
     two = await client.files.create(file=b"row\n", purpose="fine-tune")

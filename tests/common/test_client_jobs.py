@@ -98,6 +98,16 @@ async def test_a_folder_to_continue_from_is_uploaded_and_named_by_its_id(client,
     assert adapter["init_from"] is tmp_path  # the caller's own mapping is left alone
 
 
+async def test_one_key_makes_one_job_with_one_upload(client, served, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    adapter = {"type": "lora", "init_from": tmp_path}
+    made = [await create(client, adapter=adapter, idempotency_key=key) for key in ("a", "a", "b")]
+    assert made[0] == made[1]
+    assert list(served.state.jobs) == [made[0].id, made[2].id]
+    assert len(served.state.files) == 2
+
+
 async def test_a_folder_is_not_uploaded_for_a_spec_that_is_wrong(client, served, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
@@ -126,18 +136,21 @@ async def test_iterating_jobs_and_events_runs_over_all_pages(client, served):
     assert [event.id async for event in later] == list(range(5, 2 * PAGE + 2))
 
 
-async def test_a_job_is_steered_and_steering_is_never_repeated(client, served):
+async def test_a_job_is_steered_once_though_answers_are_lost(client, served):
     jobs = client.fine_tuning.jobs
     job = await create(client)
-    assert (await jobs.pause(job.id)).status is JobStatus.PAUSED
-    assert (await jobs.resume(job.id)).status is JobStatus.QUEUED
-    served.state.faults["Jobs.Pause"] = [Reason.UNAVAILABLE]
+    for call, status in (
+        ("pause", JobStatus.PAUSED),
+        ("resume", JobStatus.QUEUED),
+        ("pause", JobStatus.PAUSED),
+        ("cancel", JobStatus.CANCELLED),
+    ):
+        served.state.faults[f"Jobs.{call.title()}"] = [Reason.UNAVAILABLE, Reason.SERVER_DRAINING]
+        assert (await getattr(jobs, call)(job.id)).status is status
+    told = [event.message.split()[-1] for event in served.state.events[job.id]]
+    assert told == ["queued.", "paused.", "queued.", "paused.", "cancelled."]
     with pytest.raises(ColaError) as caught:
         await jobs.pause(job.id)
-    assert caught.value.reason is Reason.UNAVAILABLE
-    assert (await jobs.cancel(job.id)).status is JobStatus.CANCELLED
-    with pytest.raises(ColaError) as caught:
-        await jobs.cancel(job.id)
     assert caught.value.reason is Reason.ILLEGAL_TRANSITION
 
 

@@ -267,7 +267,7 @@ def with_tensors(message: Any, tensors: tuple[messages.EncodedTensor, ...]) -> A
     if isinstance(message, messages.Capture):
         parts = tuple(messages.Part("xg"[index % 2], index, index) for index in range(len(tensors)))
         return dataclasses.replace(message, parts=parts, tensors=tensors)
-    if isinstance(message, messages.Delta | messages.Assign):
+    if isinstance(message, messages.Delta | messages.Assign | messages.Snapshot):
         names = tuple((index, f"p{index}") for index in range(len(tensors)))
         return dataclasses.replace(message, names=names, tensors=tensors)
     return message
@@ -311,6 +311,8 @@ HEADER = fleet_pb2.TensorHeader(codec="fp32", shape=[1], nbytes=4)
         fleet_pb2.FromWorker(),
         fleet_pb2.FromWorker(hello={}, tensors=[HEADER]),
         fleet_pb2.FromWorker(delta={}, tensors=[HEADER]),
+        fleet_pb2.FromWorker(snapshot={}, tensors=[HEADER]),
+        fleet_pb2.FromWorker(snapshot={"names": [{"name": "A.step"}]}),
     ],
     ids=lambda envelope: " ".join(str(envelope).split()) or "empty",
 )

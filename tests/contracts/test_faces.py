@@ -53,6 +53,8 @@ FACES = {
         "ShardLoad",
         "WorkerBlamed",
         "WorkerLost",
+        "WorkerSlow",
+        "effort",
         "place",
     },
     "cola_server.jobs": {
@@ -78,7 +80,7 @@ FACES = {
         "probe",
         "train",
     },
-    "cola_server.reduce": {"keep"},
+    "cola_server.reduce": {"exact", "keep", "sketch"},
     "cola_server.rpc": {"Listener", "Pending"},
 }
 

@@ -8,8 +8,8 @@ from cola_common.errors import ColaError, Reason
 from cola_common.jobs import TRANSITIONS, JobStatus, check_transition
 
 LEGAL = {
-    "validating_files": {"queued", "failed", "cancelled"},
-    "queued": {"running", "paused", "failed", "cancelled"},
+    "validating_files": {"queued", "paused", "failed", "cancelled"},
+    "queued": {"running", "paused", "succeeded", "failed", "cancelled"},
     "running": {"queued", "paused", "succeeded", "failed", "cancelled"},
     "paused": {"queued", "succeeded", "failed", "cancelled"},
     "succeeded": set(),

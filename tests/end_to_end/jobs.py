@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cola_common.client import Client
@@ -52,3 +53,27 @@ def last_checkpoint(client: Client, job: Job) -> str:
 def messages(client: Client, job: Job) -> list[str]:
     """What the job's log says."""
     return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+
+
+def weights(client: Client, job: Job, folder: Path) -> bytes:
+    """The adapter of a job's latest checkpoint, as it is on the disk; `folder` is where it goes."""
+    client.fine_tuning.jobs.checkpoints.download(last_checkpoint(client, job), folder)
+    (file,) = folder.glob("*.safetensors")
+    return file.read_bytes()
+
+
+def courses(client: Client, job: Job) -> list[list[int]]:
+    """The steps that each epoch of a job took, as its log tells of them; one that goes on from a snapshot is told to do
+    so, and its first step is the one after.
+    """
+    taken: list[list[int]] = [[]]
+    starts = [0]
+    for event in client.fine_tuning.jobs.list_events(job.id, limit=100):
+        if event.type == "metrics":
+            taken[-1].append(int(event.data["step"]))
+        elif event.message.startswith(("Going on from the snapshot after step", "Starting again")):
+            taken.append([])
+            starts.append(int(event.data["step"]))
+    for start, steps in zip(starts, taken, strict=True):
+        assert steps == list(range(start + 1, start + 1 + len(steps)))
+    return taken

@@ -1,7 +1,7 @@
 """A worker that sends something else than what it was assigned harms no job and is found out.
 
-The rogue gets the job first. Its answer is refused by name, the job goes back to its start and on to an honest
-worker, and the adapter is the one of a run that the rogue had no part in.
+The rogue gets the job first. Its answer is refused by name, the job goes back to its last snapshot, or its start, and
+on to an honest worker, and the adapter is the one of a run that the rogue had no part in.
 """
 
 import dataclasses
@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_common.client import Client
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Job
-from cola_common.messages import Delta, Refusal
+from cola_common.messages import Delta, Refusal, Snapshot
 from cola_common.tensor import decode, encode
-from tests.end_to_end.jobs import finish, last_checkpoint, messages, submit, until
+from tests.end_to_end.jobs import courses, finish, messages, submit, until, weights
 from tests.support.cluster import Cluster
 from tests.support.rogue import Rogue, replace_first
 
@@ -64,12 +62,6 @@ def cluster(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         yield cluster
 
 
-def weights(cluster: Cluster, client: Client, job: Job) -> bytes:
-    folder = cluster.root / f"adapter-{job.id}"
-    client.fine_tuning.jobs.checkpoints.download(last_checkpoint(client, job), folder)
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("corrupt", "told"),
     [
@@ -93,12 +85,51 @@ def test_its_answer_is_refused_by_name_and_the_job_goes_on_elsewhere(
             until(lambda: rogue.end is not None)
         assert job.status == "succeeded", job.error
         assert job.epoch == 2
-        (blame,) = [m for m in messages(client, job) if rogue.worker in m and "starts again" in m]
+        (blame,) = [m for m in messages(client, job) if m.startswith(f"Worker {rogue.worker}, step ")]
         assert told in blame
-        assert weights(cluster, client, job) == weights(cluster, client, undisturbed)
+        before, after = courses(client, job)
+        assert after[0] <= len(before) + 1 and after[-1] == 4
+        assert weights(client, job, tmp_path / "a") == weights(client, undisturbed, tmp_path / "b")
         status = {worker.id: worker.status for worker in client.workers.list()}
         assert status.pop(rogue.worker) == "quarantined"
         assert "attending" in status.values()
+
+
+def foreign_half(half: Snapshot) -> Snapshot:
+    return dataclasses.replace(half, digests=((99, "0" * 32),))
+
+
+def other_state(half: Snapshot) -> Snapshot:
+    first = next(i for i, tensor in enumerate(half.tensors) if tensor.shape)
+    twice = encode(2 * decode(half.tensors[first]) + 1, "fp32")
+    return dataclasses.replace(half, tensors=(*half.tensors[:first], twice, *half.tensors[first + 1 :]))
+
+
+def false_digest(half: Snapshot) -> Snapshot:
+    return dataclasses.replace(half, digests=tuple((index, "0" * 32) for index, _ in half.digests))
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "told"),
+    [(foreign_half, "other shards"), (other_state, "different parameters"), (false_digest, "different parameters")],
+)
+def test_its_half_of_a_snapshot_is_refused_by_name_and_the_job_goes_on_elsewhere(
+    corrupt: Callable[[Snapshot], Snapshot], told: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """The optimizer's state is nothing that a delta shows."""
+    many = {"max_steps": 30, "optimizer": "adamw"}
+    with cluster.client() as client:
+        undisturbed = finish(client, submit(client, hyperparameters=many))
+        with Rogue(cluster.address, tmp_path, lambda delta: delta, corrupt) as rogue:
+            job = finish(client, submit(client, hyperparameters=many))
+            until(lambda: rogue.end is not None)
+        assert job.status == "succeeded", job.error
+        assert job.epoch == 2
+        (blame,) = [m for m in messages(client, job) if m.startswith(f"Worker {rogue.worker}, step ")]
+        assert told in blame
+        assert weights(client, job, tmp_path / "a") == weights(client, undisturbed, tmp_path / "b")
+        status = {worker.id: worker.status for worker in client.workers.list()}
+        assert status[rogue.worker] == "quarantined"
 
 
 def test_a_job_that_fails_on_two_workers_is_at_fault_and_both_are_cleared(cluster: Cluster, tmp_path: Path) -> None:

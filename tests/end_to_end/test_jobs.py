@@ -1,6 +1,5 @@
 """A job's life as its user drives it: events, cancel, pause, continue from an adapter, validation, a client gone."""
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cola_common.errors import ColaError, Reason
-from tests.end_to_end.jobs import finish, last_checkpoint, messages, submit, texts, until
+from tests.end_to_end.jobs import courses, finish, last_checkpoint, messages, submit, texts, until, weights
 from tests.support.cluster import Cluster
 
 LONG = {"max_steps": 2000, "lr_scheduler_type": "constant"}
@@ -53,30 +52,42 @@ def test_a_cancelled_job_ends_in_mid_step_and_lets_the_next_one_run(whole: Clust
 
 
 @pytest.mark.parametrize("fold", ["unmerged", "merged"])
-def test_a_paused_job_lets_others_run_and_goes_on_as_if_nothing_had_been(fold: str, whole: Cluster) -> None:
+def test_a_paused_job_lets_others_run_and_goes_on_as_if_nothing_had_been(
+    fold: str, whole: Cluster, tmp_path: Path
+) -> None:
+    many = {"max_steps": 60, "optimizer": "adamw"}
     with whole.client() as client:
-        steady = finish(client, submit(client, fold=fold, hyperparameters={"max_steps": 60}))
-        job = submit(client, fold=fold, hyperparameters={"max_steps": 60})
+        steady = finish(client, submit(client, fold=fold, hyperparameters=many))
+        job = submit(client, fold=fold, hyperparameters=many)
         until(lambda: client.fine_tuning.jobs.retrieve(job.id).step > 2)
         client.fine_tuning.jobs.pause(job.id)
         assert finish(client, submit(client)).status == "succeeded"
         held = client.fine_tuning.jobs.retrieve(job.id)
         assert held.status == "paused" and 2 < held.step < 60
         client.fine_tuning.jobs.resume(job.id)
-        assert finish(client, job).status == "succeeded"
+        done = finish(client, job)
+        assert done.status == "succeeded" and done.epoch == 2
+        before, after = courses(client, job)
+        assert (after[0], after[-1]) == (before[-1] + 1, 60), "a pause repeats nothing"
         losses = [
             [metrics.train_loss for metrics in client.fine_tuning.jobs.metrics(each.id)] for each in (steady, job)
         ]
         assert losses[0] == losses[1]
+        assert weights(client, job, tmp_path / "a") == weights(client, steady, tmp_path / "b")
 
 
-def test_jobs_run_in_the_order_in_which_they_came(whole: Cluster) -> None:
+def test_a_pause_that_is_taken_back_at_once_costs_no_step_and_leaves_the_job_running(whole: Cluster) -> None:
     with whole.client() as client:
-        jobs = [submit(client) for _ in range(3)]
-        done = [finish(client, job) for job in jobs]
-        assert all(job.started_at is not None and job.finished_at is not None for job in done)
-        for earlier, later in itertools.pairwise(done):
-            assert (earlier.finished_at or 0) <= (later.started_at or 0)
+        job = submit(client, hyperparameters={"max_steps": 150})
+        for step in (5, 20, 40):
+            until(lambda step=step: client.fine_tuning.jobs.retrieve(job.id).step > step)
+            client.fine_tuning.jobs.pause(job.id)
+            client.fine_tuning.jobs.resume(job.id)
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running")
+        assert finish(client, job).status == "succeeded"
+        taken = courses(client, job)
+        assert [step for steps in taken for step in steps] == list(range(1, 151))
+        assert len(taken) == 4
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "folder"])

@@ -126,7 +126,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(store, artefacts, tmp_path):
 
 def test_a_full_disk_leaves_nothing(store, artefacts, tmp_path, monkeypatch):
     before = listing(tmp_path)
-    with pytest.raises(OSError, match="disk full"), Upload(store, artefacts, "a.jsonl", "fine-tune") as upload:
+    with pytest.raises(ColaError) as error, Upload(store, artefacts, "a.jsonl", "fine-tune") as upload:
         upload.write(LINE)
 
         def fsync(_):
@@ -134,6 +134,8 @@ def test_a_full_disk_leaves_nothing(store, artefacts, tmp_path, monkeypatch):
 
         monkeypatch.setattr("os.fsync", fsync)
         upload.finish()
+    assert error.value.reason == Reason.STORAGE_FULL
+    assert error.value.details["file"].startswith("files/file-")
     assert listing(tmp_path) == before
     assert store.files() == []
 

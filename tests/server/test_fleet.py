@@ -8,81 +8,38 @@ import time
 import pytest
 import torch
 
-from cola_common import ids
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import (
     PROTOCOL,
     Ack,
-    Calls,
-    Capacity,
-    Capture,
     Credit,
     Delta,
+    Drain,
     Draining,
     EncodedTensor,
     Hello,
     Norm,
     NormTotal,
-    Part,
+    OwnedShard,
     Refusal,
     Revoke,
+    Snapshot,
+    SnapshotRequest,
     StepEnd,
-    ToWorker,
 )
 from cola_common.tensor import encode
-from cola_server.fleet import Attendance, Exchange, Fleet, FleetLimits, Outbox, OutboxClosed, WorkerBlamed, WorkerLost
-
-JOB = "ftjob-000000000000000000000000"
-SHAPES = [{"A": (2, 4), "B": (3, 2)}, {"A": (2, 4), "B": (3, 2)}]
-SMALL = FleetLimits(window_bytes=100, buffer_bytes=200)
-
-
-def hello(worker: str | None = None, boot: int = 1, versions: tuple[int, int] = (PROTOCOL, PROTOCOL)) -> Hello:
-    return Hello(
-        protocol_min=versions[0],
-        protocol_max=versions[1],
-        worker=worker or ids.new("wkr"),
-        boot=boot,
-        capacity=Capacity(cores=1, memory_bytes=1 << 30, device="cpu", gflops=1.0),
-        codecs=("fp32",),
-        owned=(),
-    )
-
-
-def capture(nbytes: int, batch: int = 0, epoch: int = 1) -> Capture:
-    tensor = EncodedTensor("fp32", (nbytes // 4,), 0, nbytes, 0, bytes(nbytes))
-    return Capture(JOB, epoch, batch, (Part("g", 0, 0),), (tensor,))
-
-
-def exchange_of(fleet: Fleet, owners: dict[int, str], *, clip: float = 0.0, epoch: int = 1) -> Exchange:
-    exchange = Exchange(
-        job=JOB,
-        epoch=epoch,
-        owners=owners,
-        outboxes=fleet.outboxes(set(owners.values())),
-        shapes=SHAPES,
-        max_grad_norm=clip,
-    )
-    fleet.open(exchange, dict.fromkeys(exchange.workers, 1000))
-    return exchange
-
-
-def delta(indices: list[int], *, step: int = 0, epoch: int = 1, codec: str = "fp32", square: float = 1.0) -> Delta:
-    names = [(i, name) for i in indices for name in SHAPES[i]]
-    tensors = [encode(torch.ones(SHAPES[i][name]), codec) for i, name in names]
-    squares = tuple((i, square) for i in indices)
-    return Delta(JOB, epoch, step, tuple(names), squares, "digest", 0.1, tuple(tensors))
-
-
-def end_step(exchange: Exchange, indices: tuple[int, ...] = (0, 1)) -> None:
-    exchange.end_batch(batch=0, batches=1, calls=[Calls(i, 1, 5) for i in indices])
-
-
-async def sent(attendance: Attendance, kind: type[ToWorker]) -> ToWorker:
-    while not isinstance(message := await asyncio.wait_for(attendance.outbox.next(), 1), kind):
-        pass
-    return message
-
+from cola_server.fleet import (
+    Attendance,
+    Exchange,
+    Fleet,
+    Outbox,
+    OutboxClosed,
+    WorkerBlamed,
+    WorkerLost,
+    WorkerSlow,
+)
+from cola_server.fleet.registry import DELTA_SLACK_BYTES
+from tests.server.fleet import JOB, SITES, SMALL, attended, capture, delta, end_step, exchange_of, half, hello, sent
 
 # --- outbox ---------------------------------------------------------------------------------------------------------
 
@@ -130,10 +87,6 @@ async def test_a_peer_cannot_credit_more_than_it_was_sent() -> None:
 
 
 # --- exchange -------------------------------------------------------------------------------------------------------
-
-
-async def attended(fleet: Fleet, count: int) -> list[Attendance]:
-    return sorted((fleet.attend(hello())[0] for _ in range(count)), key=lambda a: a.worker)
 
 
 async def test_a_step_is_complete_when_every_worker_sent_its_delta() -> None:
@@ -266,6 +219,146 @@ async def test_what_a_batch_did_not_need_is_given_back_and_an_end_forgets_what_w
     assert a.outbox.in_flight == 0
 
 
+async def test_a_worker_far_slower_than_asked_for_is_named_and_may_still_be_waited_for() -> None:
+    fleet = Fleet(SMALL)
+    a, b = await attended(fleet, 2)
+    exchange = exchange_of(fleet, {0: a.worker, 1: b.worker})
+    end_step(exchange)
+    fleet.accept(a, delta([0]))
+    with pytest.raises(WorkerSlow, match=b.worker) as slow:
+        await exchange.deltas(within=0.01)
+    assert (slow.value.workers, slow.value.seconds) == ([b.worker], 0.01)
+    fleet.accept(b, delta([1]))
+    assert len(await exchange.deltas(within=0.01)) == 2
+
+
+async def test_a_worker_that_lost_what_it_had_offered_is_lost_and_not_blamed() -> None:
+    fleet = Fleet(SMALL)
+    (a,) = await attended(fleet, 1)
+    exchange = exchange_of(fleet, {0: a.worker, 1: a.worker})
+    fleet.accept(a, Refusal(JOB, 1, 0, Reason.STATE_MISSING, "not here"))
+    with pytest.raises(WorkerLost, match="not here") as lost:
+        await exchange.deltas()
+    assert lost.value.worker == a.worker
+
+
+# --- snapshots ------------------------------------------------------------------------------------------------------
+
+
+async def folded(steps: int = 1) -> tuple[Fleet, Attendance, Attendance, Exchange]:
+    """An exchange of two workers with so many steps behind it."""
+    fleet = Fleet(SMALL)
+    a, b = await attended(fleet, 2)
+    exchange = exchange_of(fleet, {0: a.worker, 1: b.worker})
+    for step in range(steps):
+        end_step(exchange)
+        fleet.accept(a, delta([0], step=step))
+        fleet.accept(b, delta([1], step=step))
+        await exchange.deltas()
+        exchange.acknowledge({a.worker: "d", b.worker: "d"})
+    return fleet, a, b, exchange
+
+
+async def test_a_snapshot_is_complete_when_every_worker_sent_its_half_whatever_the_step_meanwhile() -> None:
+    fleet, a, b, exchange = await folded()
+    assert exchange.request_snapshot() == 1
+    for attendance in (a, b):
+        assert await sent(attendance, SnapshotRequest) == SnapshotRequest(JOB, 1, 1)
+    waiting = asyncio.ensure_future(exchange.snapshots())
+    fleet.accept(a, half([0], step=1))
+    end_step(exchange)
+    fleet.accept(a, delta([0], step=1))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    fleet.accept(b, half([1], step=1))
+    fleet.accept(b, delta([1], step=1))
+    assert await waiting == [half([0], step=1), half([1], step=1)]
+    assert len(await asyncio.wait_for(exchange.deltas(), 1)) == 2
+
+
+async def test_a_half_said_twice_counts_once_and_the_next_snapshot_is_its_own() -> None:
+    fleet, a, b, exchange = await folded()
+    exchange.request_snapshot()
+    for attendance, index in ((a, 0), (b, 1)) * 2:
+        fleet.accept(attendance, half([index], step=1))
+    assert len(await asyncio.wait_for(exchange.snapshots(), 1)) == 2
+    end_step(exchange)
+    fleet.accept(a, delta([0], step=1))
+    fleet.accept(b, delta([1], step=1))
+    await exchange.deltas()
+    exchange.acknowledge({a.worker: "d", b.worker: "d"})
+    assert exchange.request_snapshot() == 2
+    fleet.accept(a, half([0], step=1))  # the last one, a third time
+    fleet.accept(a, half([0], step=2))
+    waiting = asyncio.ensure_future(exchange.snapshots())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    fleet.accept(b, half([1], step=2))
+    assert [h.step for h in await waiting] == [2, 2]
+
+
+def without(snapshot: Snapshot, index: int) -> Snapshot:
+    names, tensors = snapshot.names, snapshot.tensors
+    return dataclasses.replace(
+        snapshot, names=names[:index] + names[index + 1 :], tensors=tensors[:index] + tensors[index + 1 :]
+    )
+
+
+def renamed(snapshot: Snapshot, name: tuple[int, str]) -> Snapshot:
+    return dataclasses.replace(snapshot, names=(name, *snapshot.names[1:]))
+
+
+HALF = half([0], step=1)
+WRONG_HALVES = {
+    "of another step": half([0], step=2),
+    "of an earlier step": half([0], step=0),
+    "of a shard of another worker": half([1], step=1),
+    "of one shard too many": half([0, 1], step=1),
+    "of no shard": half([], step=1),
+    "a tensor of a shard of another worker": renamed(HALF, (1, "A.step")),
+    "a tensor of no shard": renamed(HALF, (7, "A.step")),
+    "a tensor of no parameter": renamed(HALF, (0, "Z.step")),
+    "a parameter": renamed(without(HALF, 0), (0, "A")),
+    "one name twice": renamed(HALF, HALF.names[1]),
+    "another shape": dataclasses.replace(HALF, tensors=(encode(torch.ones(3), "fp32"), *HALF.tensors[1:])),
+    "another codec": dataclasses.replace(HALF, tensors=(encode(torch.ones(()), "bf16"), *HALF.tensors[1:])),
+    "another size": dataclasses.replace(
+        HALF, tensors=(dataclasses.replace(HALF.tensors[0], nbytes=8), *HALF.tensors[1:])
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_HALVES)
+async def test_a_half_that_is_not_what_was_asked_for_is_blamed_on_its_sender(wrong: str) -> None:
+    fleet, a, _, exchange = await folded()
+    exchange.request_snapshot()
+    fleet.accept(a, WRONG_HALVES[wrong])
+    with pytest.raises(WorkerBlamed) as blamed:
+        await exchange.snapshots()
+    assert (blamed.value.worker, blamed.value.error.reason) == (a.worker, Reason.PROTOCOL_VIOLATION)
+    told = await sent(a, Refusal)
+    assert isinstance(told, Refusal) and told.reason == Reason.PROTOCOL_VIOLATION
+
+
+async def test_a_snapshot_that_nobody_asked_for_is_blamed() -> None:
+    fleet, a, _, exchange = await folded()
+    end_step(exchange)
+    fleet.accept(a, half([0], step=1))
+    with pytest.raises(WorkerBlamed, match="unasked"):
+        await exchange.deltas()
+
+
+async def test_a_snapshot_that_a_worker_leaves_unfinished_ends_with_it() -> None:
+    fleet, a, b, exchange = await folded()
+    exchange.request_snapshot()
+    fleet.accept(a, half([0], step=1))
+    waiting = asyncio.ensure_future(exchange.snapshots())
+    await asyncio.sleep(0)
+    fleet.leave(b, "it was unplugged")
+    with pytest.raises(WorkerLost, match="unplugged"):
+        await waiting
+
+
 # --- registry -------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +399,7 @@ async def test_a_quarantined_worker_is_ended_and_not_let_in_again() -> None:
     fleet = Fleet(SMALL)
     (a,) = await attended(fleet, 1)
     fleet.quarantine(a.worker, "a bad delta")
-    assert a.ended.result() is not None and fleet.candidates(values="fp32") == []
+    assert a.ended.result() is not None and fleet.candidates(job=JOB, values="fp32") == []
     with pytest.raises(ColaError, match="bad delta"):
         fleet.attend(hello(a.worker, boot=9))
     assert [c.status for c in fleet.cards()] == ["quarantined"]
@@ -316,20 +409,117 @@ async def test_a_draining_worker_gets_nothing_new_and_leaves_when_its_jobs_have(
     fleet = Fleet(SMALL)
     (a,) = await attended(fleet, 1)
     exchange = exchange_of(fleet, {0: a.worker, 1: a.worker})
+    assert not exchange.leaving
     fleet.accept(a, Draining())
-    assert fleet.candidates(values="fp32") == [] and not a.ended.done()
+    assert exchange.leaving
+    assert fleet.candidates(job=JOB, values="fp32") == [] and not a.ended.done()
+    assert [c.status for c in fleet.cards()] == ["draining"]
     fleet.release(exchange, "over", keep=False)
     assert a.ended.result() is None
 
 
-async def test_a_message_larger_than_any_delta_could_be_is_refused_before_it_is_read() -> None:
+async def test_a_worker_that_is_drained_is_asked_to_leave_and_goes_when_it_knows_and_has_no_job() -> None:
+    fleet = Fleet(SMALL)
+    a, b = await attended(fleet, 2)
+    exchange = exchange_of(fleet, {0: a.worker, 1: b.worker})
+    assert fleet.drain(a.worker).status == "draining"
+    assert exchange.leaving
+    assert [c.worker for c in fleet.candidates(job=JOB, values="fp32")] == [b.worker]
+    assert await sent(a, Drain) == Drain()
+    fleet.release(exchange, "the job is moving", keep=True)
+    assert not a.ended.done()
+    fleet.accept(a, Draining())
+    assert a.ended.result() is None and not b.ended.done()
+    with pytest.raises(ColaError) as refused:
+        fleet.drain("wkr-" + "0" * 24)
+    assert refused.value.reason == Reason.UNKNOWN_WORKER
+
+
+STATE = {site: (index, f"digest {index}") for index, site in enumerate(SITES)}
+
+
+def owned(fleet: Fleet, *, step: int = 1) -> dict[str, set[int]]:
+    return {c.worker: set(c.owned) for c in fleet.candidates(job=JOB, values="fp32", step=step, state=STATE)}
+
+
+async def test_what_a_worker_has_on_its_disk_is_known_from_its_greeting_to_the_bit() -> None:
+    fleet = Fleet(SMALL)
+    offered = [
+        OwnedShard(JOB, SITES[0], 1, "digest 0"),
+        OwnedShard(JOB, SITES[1], 1, "digest 7"),
+        OwnedShard(JOB[:-1] + "1", SITES[1], 1, "digest 1"),
+        OwnedShard(JOB, "elsewhere", 1, "digest 1"),
+    ]
+    a, _ = fleet.attend(hello(owned=offered))
+    assert owned(fleet) == {a.worker: {0}}
+    assert owned(fleet, step=2) == {a.worker: set()}
+    assert [c.owned for c in fleet.candidates(job=JOB, values="fp32")] == [frozenset()]
+
+
+async def test_what_a_worker_has_on_its_disk_is_known_from_its_snapshots_until_it_is_lost_or_revoked() -> None:
+    fleet, a, b, exchange = await folded()
+    exchange.request_snapshot()
+    fleet.accept(a, half([0], step=1))
+    fleet.accept(b, half([1], step=1, kept=False))
+    assert owned(fleet) == {a.worker: {0}, b.worker: set()}
+    fleet.release(exchange, "the job is moving", keep=True)
+    assert owned(fleet) == {a.worker: {0}, b.worker: set()}
+    again = exchange_of(fleet, {0: a.worker, 1: a.worker}, epoch=2)
+    fleet.accept(a, Refusal(JOB, 2, 1, Reason.STATE_MISSING, "not here"))
+    assert owned(fleet) == {a.worker: set(), b.worker: set()}
+    fleet.release(again, "lost", keep=True)
+
+    last = exchange_of(fleet, {0: a.worker, 1: a.worker}, epoch=3)
+    last.request_snapshot()
+    fleet.accept(a, half([0, 1], step=0, epoch=3))
+    assert owned(fleet, step=0) == {a.worker: {0, 1}, b.worker: set()}
+    assert owned(fleet, step=1) == {a.worker: set(), b.worker: set()}
+    fleet.release(last, "over", keep=False)
+    assert owned(fleet, step=0) == {a.worker: set(), b.worker: set()}
+
+
+async def test_a_snapshot_of_an_epoch_that_is_over_is_told_and_changes_nothing() -> None:
+    fleet, a, _, exchange = await folded()
+    exchange.request_snapshot()
+    fleet.release(exchange, "lost", keep=True)
+    fleet.accept(a, half([0], step=1))
+    told = await sent(a, Refusal)
+    assert isinstance(told, Refusal) and told.reason == Reason.STALE_EPOCH
+    assert owned(fleet)[a.worker] == set()
+
+
+async def test_a_job_is_no_load_to_itself() -> None:
+    fleet = Fleet(SMALL)
+    a, b = await attended(fleet, 2)
+    exchange_of(fleet, {0: a.worker, 1: a.worker})
+    loads = {c.worker: c.load for c in fleet.candidates(job=JOB, values="fp32")}
+    assert loads == {a.worker: 0, b.worker: 0}
+    loads = {c.worker: c.load for c in fleet.candidates(job=JOB[:-1] + "1", values="fp32")}
+    assert loads == {a.worker: 1000, b.worker: 0}
+
+
+@pytest.mark.parametrize(("message", "copies"), [(delta([0]), 1), (half([0]), 2)], ids=["delta", "snapshot"])
+async def test_a_message_larger_than_any_could_be_is_refused_before_it_is_read(
+    message: Delta | Snapshot, copies: int
+) -> None:
     fleet = Fleet(SMALL)
     (a,) = await attended(fleet, 1)
-    huge = delta([0])
+    exchange = exchange_of(fleet, {0: a.worker, 1: a.worker})
+    fleet.open(exchange, {a.worker: 1 << 22})
+    most = copies * (1 << 22) + DELTA_SLACK_BYTES
+
+    def of(nbytes: int) -> Delta | Snapshot:
+        return dataclasses.replace(message, tensors=(EncodedTensor("fp32", (nbytes // 4,), 0, nbytes, 0, b""),))
+
+    fleet.admit(a, message)
+    fleet.admit(a, of(most))
     with pytest.raises(ColaError) as refused:
-        fleet.admit(a, dataclasses.replace(huge, tensors=(EncodedTensor("fp32", (1 << 30,), 0, 4 << 30, 0, b""),)))
+        fleet.admit(a, of(most + 4))
     assert refused.value.reason == Reason.PROTOCOL_VIOLATION
-    fleet.admit(a, huge)
+    fleet.refuse(a, message, refused.value)
+    with pytest.raises(WorkerBlamed) as blamed:
+        await exchange.snapshots()
+    assert blamed.value.worker == a.worker
 
 
 async def test_whoever_waits_for_a_change_sees_each_coming_and_going() -> None:

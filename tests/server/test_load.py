@@ -67,6 +67,35 @@ def test_under_checkpointing_nothing_below_the_first_site_is_differentiated(tmp_
     assert not base.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.requires_grad
 
 
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_a_digest_tells_models_apart_and_holds_for_one(kind: str, tmp_path: Path) -> None:
+    first = load_tiny(kind, tmp_path / "first").digest
+    assert load_tiny(kind, tmp_path / "again").digest == first
+    assert load_tiny(kind, tmp_path / "again", gradient_checkpointing=True).digest == first
+    assert load_tiny(kind, tmp_path / "narrow", dtype="bf16").digest != first
+    save_tiny(kind, tmp_path / "other", seed=1)
+    assert load(kind, str(tmp_path / "other"), device="cpu").digest != first
+
+
+def test_one_bit_of_one_weight_is_another_digest(tmp_path: Path) -> None:
+    first = load_tiny("llama", tmp_path).digest
+    weights = load_file(tmp_path / "model.safetensors")
+    name = sorted(weights)[-1]
+    weights[name].view(torch.int32).flatten()[-1] ^= 1
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load("llama", str(tmp_path), device="cpu").digest != first
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2-classifier"])
+def test_a_head_that_this_process_made_up_is_not_in_the_digest(kind: str, tmp_path: Path) -> None:
+    whole = load_tiny(kind, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    headless = {name: w for name, w in weights.items() if not name.startswith(f"{whole.head_name}.")}
+    assert len(headless) < len(weights)
+    save_file(headless, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load(kind, str(tmp_path), device="cpu").digest == whole.digest
+
+
 def test_weights_that_the_files_lack_are_refused_but_for_the_head(tmp_path: Path) -> None:
     save_tiny("bert", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

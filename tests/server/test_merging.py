@@ -9,6 +9,7 @@ from cola_common.adapters import Parameters
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
 from cola_server.model import BaseModel, JobAdapter, JobBatch, Merging, evaluate, probe
+from cola_server.model.base import Seat
 from tests.support.models import VOCABULARY, base_of, load_tiny, tiny
 
 SPECS: dict[str, AdapterSpec] = {
@@ -17,10 +18,10 @@ SPECS: dict[str, AdapterSpec] = {
 }
 
 
-def adapted(base: BaseModel, spec: AdapterSpec, spread: float = 0.1) -> JobAdapter:
+def adapted(base: BaseModel, spec: AdapterSpec, spread: float = 0.1, seed: int = 0) -> JobAdapter:
     labels = 3 if base.head_name else None
     fresh = JobAdapter.initial(probe(base, spec, labels=labels, fold="unmerged"), 0, base.device)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     state = [{n: spread * torch.randn(p.shape, generator=generator) for n, p in s.items()} for s in fresh.state()]
     return JobAdapter(fresh.sites, state, base.device)
 
@@ -111,3 +112,108 @@ def test_what_cannot_be_merged_is_refused_and_leaves_the_base_as_it_was() -> Non
     assert refused.value.reason == Reason.NOT_MERGEABLE
     for (name, p), (_, wanted) in zip(base.module.named_parameters(), tiny("llama").named_parameters(), strict=True):
         assert torch.equal(p, wanted), name
+
+
+# --- jobs that take turns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert", "twice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_jobs_that_take_turns_see_their_own_weights_and_the_base_gets_its_own_back(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Two merged ones, of which one is folded in between, and an unmerged one."""
+    base = base_of(tiny(kind).to(dtype), head_name="classifier" if kind == "bert" else None)
+    pristine = {name: p.clone() for name, p in base.module.named_parameters()}
+    adapters = [adapted(base, SPECS["lora"], seed=1), adapted(base, SPECS["linear"], seed=2)]
+    alone = []
+    for adapter in adapters:
+        merging = Merging(base, adapter)
+        merging.merge()
+        alone.append(losses(base, adapter, merged=True))
+        merging.restore()
+    plain = adapted(base, SPECS["lora"], seed=3)
+    unmerged = losses(base, plain, merged=False)
+    assert len({*alone, unmerged}) == 3
+
+    one = Merging(base, adapters[0])
+    base.seat.take(one)
+    two = Merging(base, adapters[1])  # a job that begins while another one's weights are in the base
+    for _ in range(2):
+        base.seat.take(one)
+        assert losses(base, adapters[0], merged=True) == alone[0]
+        base.seat.take(two)
+        assert losses(base, adapters[1], merged=True) == alone[1]
+        base.seat.take(None)
+        assert losses(base, plain, merged=False) == unmerged
+        base.seat.take(two)
+        base.seat.take(two)
+        assert losses(base, adapters[1], merged=True) == alone[1]
+
+    for shard in adapters[0].parameters:
+        for p in shard.values():
+            p.mul_(1.5)
+    base.seat.refresh(one)  # while the other one holds the seat
+    assert losses(base, adapters[1], merged=True) == alone[1]
+    base.seat.take(one)
+    folded = losses(base, adapters[0], merged=True)
+    assert folded != alone[0]
+    for shard in adapters[0].parameters:
+        for p in shard.values():
+            p.div_(1.5)
+    base.seat.refresh(one)  # while it holds the seat itself
+    assert losses(base, adapters[0], merged=True) != folded
+
+    base.seat.leave(two)  # it does not hold the seat
+    base.seat.take(None)
+    assert losses(base, plain, merged=False) == unmerged
+    base.seat.take(one)
+    base.seat.leave(None)
+    base.seat.leave(one)
+    base.seat.leave(one)
+    for name, p in base.module.named_parameters():
+        assert p.dtype == pristine[name].dtype
+        assert torch.equal(p, pristine[name]), name
+
+
+def test_one_that_cannot_be_merged_leaves_the_seat_free_and_the_base_as_it_was() -> None:
+    base = base_of(tiny("llama"))
+    good = Merging(base, adapted(base, SPECS["lora"]))
+    bad = Merging(base, adapted(base, MlpAdapter(hidden_sizes=(4,))))
+    base.seat.take(good)
+    with pytest.raises(ColaError) as refused:
+        base.seat.take(bad)
+    assert refused.value.reason == Reason.NOT_MERGEABLE
+    for (name, p), (_, wanted) in zip(base.module.named_parameters(), tiny("llama").named_parameters(), strict=True):
+        assert torch.equal(p, wanted), name
+    base.seat.take(good)
+    base.seat.take(None)
+    for (name, p), (_, wanted) in zip(base.module.named_parameters(), tiny("llama").named_parameters(), strict=True):
+        assert torch.equal(p, wanted), name
+
+
+def test_a_seat_merges_no_more_than_it_must() -> None:
+    """A lone job keeps the base's weights from one batch to the next, as it did before there were others."""
+
+    class Counted:
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def merge(self) -> None:
+            self.said.append("merge")
+
+        def restore(self) -> None:
+            self.said.append("restore")
+
+    seat, one, two = Seat(), Counted(), Counted()
+    for _ in range(3):
+        seat.take(one)
+    seat.refresh(one)
+    assert one.said == ["merge", "merge"]
+    seat.refresh(two)
+    assert two.said == []
+    seat.take(two)
+    assert (one.said, two.said) == (["merge", "merge", "restore"], ["merge"])
+    seat.take(None)
+    seat.take(None)
+    assert two.said == ["merge", "restore"]

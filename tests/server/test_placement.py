@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cola_server.fleet import Candidate, ShardLoad, place
+from cola_server.fleet import Candidate, ShardLoad, effort, place
 from cola_server.fleet.placement import STATE_COPIES
 
 shards = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 1000)), min_size=1, max_size=20).map(
@@ -69,3 +69,24 @@ def test_who_owns_the_job_already_is_preferred_to_who_is_faster() -> None:
     shards = [ShardLoad(0, 0, 1)]
     fast, owner = Candidate("fast", 1000, 9.0), Candidate("owner", 1000, 1.0, owned=frozenset({0}))
     assert place(shards, [fast, owner]) == {0: "owner"}
+
+
+def test_effort_is_that_of_the_busiest_worker_with_its_other_jobs() -> None:
+    shards = [ShardLoad(0, 0, 100), ShardLoad(1, 1, 50)]
+    slow, fast = Candidate("slow", 1000, 1.0), Candidate("fast", 1000, 10.0, load=400)
+    both = [slow, fast]
+    assert effort(shards, both, {0: "slow", 1: "slow"}) == 150
+    assert effort(shards, both, {0: "fast", 1: "fast"}) == 55
+    assert effort(shards, both, {0: "fast", 1: "slow"}) == 50
+    assert effort(shards, both, {0: "slow", 1: "fast"}) == 100
+    assert effort(shards, [*both, Candidate("idle", 1000, 0.1, load=900)], {0: "slow", 1: "fast"}) == 100
+
+
+@given(shards, workers)
+def test_one_worker_for_all_is_the_one_with_the_least_effort(shards: list[ShardLoad], workers: list[Candidate]) -> None:
+    owners = place(shards, workers)
+    if owners is not None and len(set(owners.values())) == 1:
+        least = min(effort(shards, workers, dict.fromkeys(owners, w.worker)) for w in workers)
+        assert effort(shards, workers, owners) == least or any(
+            sum(s.parameter_bytes for s in shards) * STATE_COPIES > w.memory_bytes for w in workers
+        )

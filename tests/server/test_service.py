@@ -6,6 +6,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from structlog.testing import capture_logs
 
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Checkpoint, JobSpec, JobStatus, ModelCard
@@ -28,9 +29,15 @@ class FakeCatalogue:
     def __init__(self):
         self.checked = []
         self.error = None
+        self.digests = dict.fromkeys(CARDS, "0" * 32)
 
     def cards(self):
         return list(CARDS.values())
+
+    def digest(self, model):
+        if model not in self.digests:
+            raise ColaError(Reason.UNKNOWN_MODEL, model=model, known=", ".join(self.digests))
+        return self.digests[model]
 
     def check(self, spec):
         self.checked.append(spec)
@@ -222,7 +229,7 @@ LORA, HYPER = "adapter", "hyperparameters"
         ({"suffix": "../x"}, "suffix", "../x"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "16"),
         ({"fold": "both"}, "fold", "merged"),
-        ({"wire": {"values": "int8"}}, "values", "bf16"),
+        ({"wire": {"values": "int7"}}, "values", "bf16"),
         ({"trainin_file": "x"}, "trainin_file", "training_file"),
     ],
 )
@@ -325,11 +332,16 @@ def test_a_restart_keeps_what_has_a_record_and_removes_the_rest(server, tmp_path
     file = server.store.job(job).spec.training_file
     kept, orphan = "ftckpt-" + "a" * 24, "ftckpt-" + "b" * 24
     digest = server.artefacts.write_checkpoint(kept, write_adapter)
+    ended = server.running()
+    for each in (job, ended):
+        server.artefacts.write_snapshot(each, "1.safetensors", b"x")
+    server.store.transition(ended, JobStatus.FAILED)
+    other = server.store.job(ended).spec.training_file
     server.store.add_checkpoint(Checkpoint(id=kept, job=job, step_number=1, created_at=1.0, digest=digest))
     server.artefacts.write_checkpoint(orphan, write_adapter)
     server.stop()
     again = Server(tmp_path)
-    assert again.artefacts.ids() == {file, kept}
+    assert again.artefacts.ids() == {file, other, kept, job}
     assert [name for name, _ in again.service.checkpoint_files(kept)] == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -338,6 +350,101 @@ def test_a_restart_keeps_what_has_a_record_and_removes_the_rest(server, tmp_path
         again.service.checkpoint_files(orphan)
     assert error.value.reason == Reason.UNKNOWN_CHECKPOINT
     again.stop()
+
+
+LIVE = {
+    "validating_files": [],
+    "queued": [JobStatus.QUEUED],
+    "running": [JobStatus.QUEUED, JobStatus.RUNNING],
+    "paused": [JobStatus.QUEUED, JobStatus.PAUSED],
+}
+
+
+@pytest.mark.parametrize(
+    ("digests", "reason", "words"),
+    [
+        ({"smollm2": "f" * 32, "minilm": "0" * 32}, Reason.BASE_MODEL_CHANGED, ["smollm2", "0" * 32, "f" * 32]),
+        ({"minilm": "0" * 32}, Reason.UNKNOWN_MODEL, ["smollm2", "minilm"]),
+    ],
+    ids=["another one", "gone"],
+)
+@pytest.mark.parametrize("status", LIVE)
+def test_a_job_whose_base_model_is_not_what_it_began_on_is_held_and_others_go_on(
+    server, tmp_path, digests, reason, words, status
+):
+    job = server.service.create(server.spec()).id
+    other = server.service.create(server.spec(LABELLED, model="minilm")).id
+    for step in LIVE[status]:
+        server.store.transition(job, step)
+    server.stop()
+    again = Server(tmp_path)
+    again.catalogue.digests = digests
+    again.service.recover()
+    assert again.scheduler.told == [("submit", other, "validating_files")]
+    assert again.service.retrieve(job).status == "paused"
+    if status != "paused":
+        (event,) = again.service.events(job)
+        assert event.level == "error"
+        assert all(word in event.message for word in words)
+    for _ in range(2):
+        with pytest.raises(ColaError) as error:
+            again.service.resume(job)
+        assert error.value.reason == reason
+        assert all(word in error.value.message for word in words)
+    again.catalogue.digests = {"smollm2": "0" * 32}
+    assert again.service.resume(job).status == "queued"
+    assert again.scheduler.told[1:] == [("resume", job, "queued")]
+    again.stop()
+
+
+def test_artefacts_that_are_not_here_are_told_by_name_to_the_log_and_to_jobs_that_need_them(
+    server, tmp_path, write_adapter
+):
+    job, ended, other = server.running(), server.running(), server.running()
+    server.store.transition(ended, JobStatus.FAILED)
+    files = {id: server.store.file(server.store.job(id).spec.training_file) for id in (job, ended, other)}
+    lost = Checkpoint(id="ftckpt-" + "a" * 24, job=ended, step_number=1, created_at=1.0, digest="")
+    server.store.add_checkpoint(lost)
+    server.service.file_path(files[job].id).write_bytes(b"")
+    server.service.file_path(files[ended].id).unlink()
+    server.stop()
+    again = Server(tmp_path)
+    with capture_logs() as logs:
+        again.service.recover()
+    told = {line["artefact"] for line in logs if line["log_level"] == "error"}
+    assert told == {files[job].id, files[ended].id, lost.id}
+    errors = {id: [e.message for e in again.service.events(id) if e.level == "error"] for id in files}
+    assert errors[ended] == errors[other] == []
+    (message,) = errors[job]
+    assert files[job].id in message
+    assert files[job].filename in message
+    assert {id for _, id, _ in again.scheduler.told} == {job, other}
+    again.stop()
+
+
+def test_torn_weights_are_not_given_out(server, write_adapter):
+    job, id = server.running(), "ftckpt-" + "a" * 24
+    digest = server.artefacts.write_checkpoint(id, write_adapter)
+    server.store.add_checkpoint(Checkpoint(id=id, job=job, step_number=1, created_at=1.0, digest=digest))
+    (_, (_, weights)) = server.service.checkpoint_files(id)
+    weights.write_bytes(b"v")
+    with pytest.raises(ColaError) as error:
+        server.service.checkpoint_files(id)
+    assert (error.value.reason, error.value.details["file"]) == (Reason.INVALID_FILE, id)
+    with pytest.raises(ColaError) as error, server.service.merged_files(id):
+        pass
+    assert error.value.reason == Reason.INVALID_FILE
+
+
+def test_an_adapter_is_not_merged_into_another_model_than_it_was_made_on(server, write_adapter):
+    job, id = server.running(), "ftckpt-" + "a" * 24
+    digest = server.artefacts.write_checkpoint(id, write_adapter)
+    server.store.add_checkpoint(Checkpoint(id=id, job=job, step_number=1, created_at=1.0, digest=digest))
+    server.catalogue.digests["smollm2"] = "f" * 32
+    with pytest.raises(ColaError) as error, server.service.merged_files(id):
+        pass
+    assert error.value.reason == Reason.BASE_MODEL_CHANGED
+    assert len(server.service.checkpoint_files(id)) == 2
 
 
 def test_a_lost_database_is_refused_and_nothing_is_removed(server, tmp_path):

@@ -8,6 +8,7 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import event
 
 from cola_common import ids
 from cola_common.errors import ColaError, Reason
@@ -23,7 +24,7 @@ from cola_common.jobs import (
     StepMetrics,
 )
 from cola_server.jobs import JobStore
-from cola_server.jobs.database import Database
+from cola_server.jobs.database import RESERVE_BYTES, Database
 from cola_server.jobs.tables import Table
 from tests.support.databases import new_store, url_of
 
@@ -72,6 +73,16 @@ def checkpoint(job, step, **fields):
     )
 
 
+def record_step(store, job, metrics, **fields):
+    given = {
+        "trained_tokens": metrics.step * 10,
+        "estimated_finish": 1e9,
+        "message": f"Step {metrics.step}",
+        "data": {},
+    }
+    store.record_step(job, metrics, **given | fields)
+
+
 def reason(error):
     return error.value.reason
 
@@ -101,8 +112,7 @@ def test_everything_survives_a_restart(store, url):
     store.transition(job.id, JobStatus.QUEUED, event="Queued.")
     store.transition(job.id, JobStatus.RUNNING)
     store.begin_epoch(job.id)
-    store.progress(job.id, step=2, trained_tokens=2**40, estimated_finish=1e9)
-    store.put_metrics(job.id, metrics(1))
+    record_step(store, job.id, metrics(1), trained_tokens=2**40)
     kept = store.add_checkpoint(checkpoint(job.id, 2))
     before = (store.job(job.id), store.events(job.id), store.metrics(job.id), store.files())
     store.close()
@@ -260,13 +270,13 @@ def test_unfinished_jobs_from_old_to_new(store):
         lambda store, job: store.job(job),
         lambda store, job: store.jobs(after=job),
         lambda store, job: store.transition(job, JobStatus.QUEUED),
-        lambda store, job: store.progress(job, step=1, trained_tokens=1),
         lambda store, job: store.set_total_steps(job, 1),
         lambda store, job: store.set_waiting(job, True),
         lambda store, job: store.begin_epoch(job),
         lambda store, job: store.add_event(job, "x"),
         lambda store, job: store.events(job),
-        lambda store, job: store.put_metrics(job, metrics(1)),
+        lambda store, job: record_step(store, job, metrics(1)),
+        lambda store, job: store.base_digest(job),
         lambda store, job: store.metrics(job),
         lambda store, job: store.add_checkpoint(checkpoint(job, 1)),
         lambda store, job: store.checkpoints(job),
@@ -300,8 +310,8 @@ def test_events_of_many_threads_have_no_gap_and_no_repeat(store):
 def test_a_repeated_step_overwrites_its_metrics(store):
     job = make_job(store).id
     for step in (1, 2, 3):
-        store.put_metrics(job, metrics(step))
-    store.put_metrics(job, metrics(2, epoch=2, valid_loss=0.25))
+        record_step(store, job, metrics(step))
+    record_step(store, job, metrics(2, epoch=2, valid_loss=0.25))
     assert store.metrics(job) == [metrics(1), metrics(2, epoch=2, valid_loss=0.25), metrics(3)]
     assert store.metrics(job, after_step=2) == [metrics(3)]
 
@@ -309,8 +319,33 @@ def test_a_repeated_step_overwrites_its_metrics(store):
 def test_metrics_keep_every_bit(store):
     job = make_job(store).id
     odd = metrics(1, train_loss=0.1 + 0.2, grad_norm=math.inf, learning_rate=5e-324, sent_bytes=2**62)
-    store.put_metrics(job, odd)
+    record_step(store, job, odd)
     assert store.metrics(job) == [odd]
+
+
+def test_a_step_is_one_commit_with_its_event_and_how_far_the_job_is(store, url):
+    job = make_job(store).id
+    beside = JobStore(url, create=True)  # sees what is committed only
+    seen = []
+    store.subscribe(lambda _: seen.append((beside.job(job).step, beside.metrics(job), beside.events(job))))
+    record_step(store, job, metrics(1), trained_tokens=7, message="Step 1/9", data={"train_loss": 0.5})
+    ((step, known, (event,)),) = seen
+    assert (step, known) == (1, [metrics(1)])
+    assert (event.type, event.level, event.message, event.data) == ("metrics", "info", "Step 1/9", {"train_loss": 0.5})
+    assert (store.job(job).trained_tokens, store.job(job).estimated_finish) == (7, 1e9)
+    beside.close()
+
+
+def test_a_new_epoch_takes_the_job_back_to_its_step_and_leaves_its_history(store):
+    job = make_job(store).id
+    for step in (1, 2, 3):
+        record_step(store, job, metrics(step))
+    assert store.begin_epoch(job, step=2, trained_tokens=20) == 1
+    assert (store.job(job).step, store.job(job).trained_tokens) == (2, 20)
+    assert [known.step for known in store.metrics(job)] == [1, 2, 3]
+    assert len(store.events(job)) == 3
+    assert store.begin_epoch(job) == 2
+    assert (store.job(job).step, store.job(job).trained_tokens) == (0, 0)
 
 
 # --- files and checkpoints ------------------------------------------------------------------------------------------
@@ -351,9 +386,7 @@ def test_a_step_has_one_checkpoint(store):
     with pytest.raises(ColaError) as error:
         store.checkpoint("ftckpt-" + "0" * 24)
     assert reason(error) == Reason.UNKNOWN_CHECKPOINT
-    assert store.artefacts() == {*[c.id for c in store.checkpoints(job) + store.checkpoints(other)]} | {
-        file.id for file in store.files()
-    }
+    assert store.artefacts() == [*store.files()[::-1], first, second, *store.checkpoints(other)]
 
 
 # --- telling --------------------------------------------------------------------------------------------------------
@@ -464,7 +497,7 @@ def test_a_first_start_that_was_cut_off_leaves_no_half_database(url, tmp_path):
     store = JobStore(url, create=True)
     make_job(store)
     store.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["cola.db"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cola.db", "cola.reserve"}
 
 
 def test_a_missing_database_is_not_recreated_where_there_was_one(url, tmp_path):
@@ -474,6 +507,80 @@ def test_a_missing_database_is_not_recreated_where_there_was_one(url, tmp_path):
         assert reason(error) == Reason.INVALID_FILE
         assert str(tmp_path / "cola.db") in error.value.message
         assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_of_the_first_schema_are_kept_and_have_no_base_digest(url, tmp_path):
+    store = JobStore(url, create=True)
+    old = make_job(store)
+    store.close()
+    with sqlite3.connect(tmp_path / "cola.db") as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN base_digest")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    connection.close()
+    store = JobStore(url, create=False)
+    assert store.job(old.id) == old
+    assert store.base_digest(old.id) is None
+    assert store.base_digest(store.create_job(old.spec, base_digest="d").id) == "d"
+    store.close()
+
+
+def page_count(store):
+    with store._database.reading() as connection:
+        return connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+
+
+def limit_pages(store, pages):
+    """Bounds the database as a full disk would: SQLite fails alike."""
+
+    def limit(connection, _record, _proxy):
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    event.listen(store._database.engine, "checkout", limit)
+
+
+def test_a_full_disk_is_told_changes_nothing_and_passes(store):
+    job = walk_to(store, JobStatus.RUNNING).id
+    pages = page_count(store)
+    limit_pages(store, pages + 1)
+
+    def fill():
+        for step in range(1, 1000):
+            record_step(store, job, metrics(step), message="x" * 1000)
+
+    with pytest.raises(ColaError) as error:
+        fill()
+    assert reason(error) == Reason.STORAGE_FULL
+    assert error.value.details == {"file": "cola.db"}
+    steps = store.job(job).step
+    assert steps == len(store.metrics(job)) == len(store.events(job))
+    limit_pages(store, pages + 1000)
+    record_step(store, job, metrics(steps + 1))
+    assert store.job(job).step == steps + 1
+
+
+def test_a_full_disk_has_room_for_a_status(store, tmp_path):
+    job = walk_to(store, JobStatus.RUNNING).id
+    reserve = tmp_path / "cola.reserve"
+    assert reserve.stat().st_blocks * 512 >= RESERVE_BYTES
+    pages = page_count(store)
+
+    def limit(connection, _record, _proxy):  # the room is what the reserve leaves
+        connection.execute(f"PRAGMA max_page_count = {pages if reserve.exists() else pages + 100}")
+
+    event.listen(store._database.engine, "checkout", limit)
+
+    def fill():
+        for _ in range(99):
+            store.add_event(job, "x" * 1000)
+
+    with pytest.raises(ColaError) as error:
+        fill()
+    assert reason(error) == Reason.STORAGE_FULL
+    assert store.transition(job, JobStatus.PAUSED, event="y" * 5000).status == JobStatus.PAUSED
+    assert not reserve.exists()
+    assert len(store.events(job)[-1].message) == 5000
+    store.begin_epoch(job)
+    assert reserve.exists()
 
 
 @pytest.mark.parametrize("wrong", ["no url", "sqlite://", "sqlite:///:memory:"])

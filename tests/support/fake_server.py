@@ -271,10 +271,10 @@ class _Jobs(_Service, jobs_pb2_grpc.JobsServicer):
 
     async def _become(self, request: Any, context: Any, method: str, status: JobStatus) -> Any:
         async with translated(context):
-            self._job(request.id)
-            job = self.state.become(request.id, status)
+            if self._job(request.id).status is not status:  # again is no error
+                self.state.become(request.id, status)
             self.done(method)
-            return convert.job_to_wire(job)
+            return convert.job_to_wire(self.state.jobs[request.id])
 
     async def ListEvents(self, request: Any, context: Any) -> Any:
         async with translated(context):
@@ -347,6 +347,15 @@ class _Workers(_Service, workers_pb2_grpc.WorkersServicer):
             self.done("Workers.List")
             data = [convert.worker_to_wire(worker) for worker in self.state.workers]
             return workers_pb2.ListWorkersResponse(data=data)
+
+    async def Drain(self, request: Any, context: Any) -> Any:
+        async with translated(context):
+            for place, worker in enumerate(self.state.workers):
+                if worker.id == request.id and worker.status != "lost":
+                    drained = self.state.workers[place] = worker.model_copy(update={"status": "draining"})
+                    self.done("Workers.Drain")
+                    return convert.worker_to_wire(drained)
+            raise ColaError(Reason.UNKNOWN_WORKER, worker=request.id)
 
 
 def _page(records: list[Any], after: str, limit: int) -> tuple[list[Any], bool]:

@@ -87,6 +87,7 @@ class InProcess:
                 values=values,
                 max_rows=4096,
                 shards=tuple(ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in mine),
+                digests=(),
                 names=names,
                 tensors=tuple(encode(state[index][name], "fp32") for index, name in names),
             )

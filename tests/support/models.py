@@ -175,5 +175,6 @@ def base_of(module: PreTrainedModel, *, head_name: str | None = None) -> BaseMod
         dtype=torch.float32,
         head_name=head_name,
         parameters=sum(p.numel() for p in module.parameters()),
+        digest="0" * 32,
         gradient_checkpointing=False,
     )

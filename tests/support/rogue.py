@@ -10,7 +10,7 @@ from typing import Self
 
 from cola_common import ids
 from cola_common.errors import ColaError
-from cola_common.messages import PROTOCOL, Capacity, Delta, Heartbeat, Hello, Refusal, Welcome
+from cola_common.messages import PROTOCOL, Capacity, Delta, Heartbeat, Hello, Refusal, Snapshot, ToServer, Welcome
 from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import StreamEnded
 from cola_common.rpc.fleet import attend
@@ -24,7 +24,13 @@ Corruption = Callable[[Delta], Delta | Refusal]
 class Rogue:
     """Runs on a thread from `with` on. It says that it is fast, so that jobs come to it first."""
 
-    def __init__(self, address: str, folder: Path, corrupt: Corruption) -> None:
+    def __init__(
+        self,
+        address: str,
+        folder: Path,
+        corrupt: Corruption,
+        corrupt_half: Callable[[Snapshot], Snapshot] = lambda half: half,
+    ) -> None:
         self.worker = ids.new("wkr")
         self.end: Exception | None = None
         """How its stream ended."""
@@ -32,6 +38,7 @@ class Rogue:
         self._address = address
         self._folder = folder
         self._corrupt = corrupt
+        self._corrupt_half = corrupt_half
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -74,12 +81,17 @@ class Rogue:
                         self.attending.set()
                     elif not isinstance(message, Heartbeat | Refusal):
                         for answer in trainer.handle(message):  # type: ignore[arg-type]
-                            await stream.send(self._corrupt(answer) if isinstance(answer, Delta) else answer)
+                            await stream.send(self._corrupted(answer))
             except (StreamEnded, ColaError) as error:
                 self.end = error
             finally:
                 self._stop.set()
                 await stopping
+
+    def _corrupted(self, answer: ToServer) -> ToServer:
+        if isinstance(answer, Delta):
+            return self._corrupt(answer)
+        return self._corrupt_half(answer) if isinstance(answer, Snapshot) else answer
 
 
 def replace_first(delta: Delta, **fields: object) -> Delta:

@@ -3,7 +3,8 @@
 Legend: N rows, D = d_in, O = d_out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from cola_common.messages import (
     Capture,
     Credit,
     Delta,
+    EncodedTensor,
     Norm,
     NormTotal,
     OptimizerPlan,
@@ -26,6 +28,8 @@ from cola_common.messages import (
     Refusal,
     Revoke,
     ShardPlan,
+    Snapshot,
+    SnapshotRequest,
     StepEnd,
     ToServer,
 )
@@ -96,6 +100,16 @@ def random_batch(plans: Sequence[ShardPlan], seed: int, *, calls: int = 1, rows:
     ]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A job as its last snapshot has it."""
+
+    step: int
+    parameters: dict[int, Parameters]
+    optimizer: dict[tuple[int, str], EncodedTensor]
+    digests: dict[int, str]
+
+
 @dataclass
 class Driver:
     """One job on some trainers: sends what a server would, and folds what comes back."""
@@ -113,23 +127,29 @@ class Driver:
     batch: int = 0
     credited: int = 0
     captured: int = 0
+    kept: Kept | None = None
 
     @classmethod
     def of(
         cls, plan: OptimizerPlan, plans: tuple[ShardPlan, ...], *trainers: Trainer, values: str = "fp32"
     ) -> "Driver":
-        groups = sorted({p.group for p in plans})
-        owners = {p.index: groups.index(p.group) % len(trainers) for p in plans}
-        return cls(plan, plans, trainers, owners, parameters_of(plans), values)
+        return cls(plan, plans, trainers, dealt(plans, len(trainers)), parameters_of(plans), values)
 
-    def assign(self) -> None:
+    def assign(self, *, owned: Collection[int] = ()) -> None:
+        """The next epoch's assignment; of `owned` shards the optimizer state is not sent."""
         self.digests = {index: digest.state(values) for index, values in self.parameters.items()}
         for worker, trainer in enumerate(self.trainers):
-            assert trainer.handle(self.assignment(worker)) == []
+            assert trainer.handle(self.assignment(worker, owned=owned)) == []
 
-    def assignment(self, worker: int = 0) -> Assign:
+    def assignment(self, worker: int = 0, *, owned: Collection[int] = ()) -> Assign:
         mine = tuple(p for p in self.plans if self.owners[p.index] == worker)
         names = tuple((p.index, name) for p in mine for name in self.parameters[p.index])
+        start = self.kept if self.kept is not None and self.kept.step == self.step else None
+        state = {
+            (index, entry): tensor
+            for (index, entry), tensor in (start.optimizer if start else {}).items()
+            if self.owners[index] == worker and index not in owned
+        }
         return Assign(
             job=self.job,
             epoch=self.epoch,
@@ -138,9 +158,44 @@ class Driver:
             values=self.values,
             max_rows=self.max_rows,
             shards=mine,
-            names=names,
-            tensors=tuple(encode(self.parameters[index][name], "fp32") for index, name in names),
+            digests=tuple((p.index, start.digests[p.index]) for p in mine) if start else (),
+            names=(*names, *state),
+            tensors=(*(encode(self.parameters[index][name], "fp32") for index, name in names), *state.values()),
         )
+
+    def snapshot(self) -> list[Snapshot]:
+        """Takes a snapshot, which must be of the server's own parameters, and keeps it as `kept`."""
+        request = SnapshotRequest(self.job, self.epoch, self.step)
+        halves = [only(trainer.handle(request), Snapshot) for trainer in self.trainers]
+        optimizer: dict[tuple[int, str], EncodedTensor] = {}
+        digests: dict[int, str] = {}
+        for worker, half in enumerate(halves):
+            assert (half.job, half.epoch, half.step) == (self.job, self.epoch, self.step)
+            state = dict(zip(half.names, half.tensors, strict=True))
+            assert len(state) == len(half.names)
+            for index, told in half.digests:
+                assert self.owners[index] == worker
+                entries = {entry: decode(tensor) for (of, entry), tensor in state.items() if of == index}
+                assert told == digest.state({**self.parameters[index], **entries})
+            optimizer |= state
+            digests |= dict(half.digests)
+        assert digests.keys() == self.owners.keys()
+        self.kept = Kept(self.step, copy.deepcopy(self.parameters), optimizer, digests)
+        return halves
+
+    def go_on(self, *trainers: Trainer, owned: Collection[int] = ()) -> None:
+        """A new epoch from the last snapshot, on these trainers, or on those that it was on."""
+        self.go_back()
+        if trainers:
+            self.trainers, self.owners = trainers, dealt(self.plans, len(trainers))
+        self.assign(owned=owned)
+
+    def go_back(self) -> None:
+        """What a server does to its own copy when it begins a new epoch from the last snapshot."""
+        assert self.kept is not None
+        self.epoch += 1
+        self.step, self.batch = self.kept.step, 0
+        self.parameters = copy.deepcopy(self.kept.parameters)
 
     def train(self, batches: Sequence[Sequence[Call]]) -> list[Delta]:
         """One step of so many batches."""
@@ -257,6 +312,12 @@ class Oracle:
             group["lr"] = rate
         self.optimizer.step()
         return float(norm)
+
+
+def dealt(plans: Sequence[ShardPlan], count: int) -> dict[int, int]:
+    """Shard number -> number of its owner: the groups of sites dealt out in turn."""
+    groups = sorted({p.group for p in plans})
+    return {p.index: groups.index(p.group) % count for p in plans}
 
 
 def changed(plan: OptimizerPlan = PLAN, **fields: object) -> OptimizerPlan:

@@ -19,6 +19,12 @@ def header(codec: str, *shape: int, size: int | None = None) -> EncodedTensor:
     return EncodedTensor(codec, shape, 0, nbytes(codec, shape) if size is None else size, 0, b"")
 
 
+def with_state(assign: Assign, *entries: tuple[int, str, EncodedTensor]) -> Assign:
+    """The assignment with optimizer state behind its parameters."""
+    names = tuple((index, entry) for index, entry, _ in entries)
+    return replace(assign, names=assign.names + names, tensors=assign.tensors + tuple(t for *_, t in entries))
+
+
 def assignment(family: str = "lora", values: str = "bf16", max_rows: int = 64) -> Assign:
     plans = shard_plans(FAMILIES[family])
     driver = Driver(PLAN, plans, [], {p.index: 0 for p in plans}, parameters_of(plans), values, max_rows)
@@ -127,12 +133,32 @@ def test_captures_of_another_epoch_or_job_are_stale_and_not_read() -> None:
     assert refused(judge, capture(second, [X], x)) == Reason.STALE_EPOCH
 
 
+MOMENTS = (
+    (0, "A.step", header("fp32")),
+    (0, "A.exp_avg", header("fp32", 3, 6)),
+    (0, "A.exp_avg_sq", header("fp32", 3, 6)),
+    (2, "B.momentum_buffer", header("fp32", 6, 3)),
+)
+
+
+def test_optimizer_state_may_follow_the_parameters() -> None:
+    assign, judge = with_state(assignment(), *MOMENTS), admission()
+    judge.admit(assign)
+    judge.admit(capture(assign, [X], header("bf16", 9, 6)))
+    parameters = sum(t.nbytes for t in assignment().tensors)
+    judge = admission(memory=parameters + sum(t.nbytes for *_, t in MOMENTS) - 1)
+    judge.admit(assignment())
+    assert refused(judge, assign) == Reason.PROTOCOL_VIOLATION
+
+
 def wrong_assignments() -> dict[str, Assign]:
     good = assignment()
     shards = good.shards
+    moment = header("fp32", 3, 6)
     swapped = (good.names[1], good.names[0], *good.names[2:])
     huge = ShardPlan(index=0, site="s", family=FAMILIES["linear"], d_in=1 << 40, d_out=1 << 40, group=0)
     return {
+        "no job id": replace(good, job="../../etc"),
         "unknown codec": replace(good, values="int3"),
         "a parameter too few": replace(good, names=good.names[:-1], tensors=good.tensors[:-1]),
         "a name too few": replace(good, names=good.names[:-1]),
@@ -145,6 +171,18 @@ def wrong_assignments() -> dict[str, Assign]:
         "more than memory": replace(
             good, shards=(huge,), names=((0, "W"),), tensors=(header("fp32", 1 << 40, 1 << 40),)
         ),
+        "state before its parameters": replace(
+            good, names=((0, "A.exp_avg"), *good.names), tensors=(moment, *good.tensors)
+        ),
+        "state of another shape": with_state(good, (0, "A.exp_avg", header("fp32", 6, 3))),
+        "state in another codec": with_state(good, (0, "A.exp_avg", header("bf16", 3, 6))),
+        "state of another size": with_state(good, (0, "A.exp_avg", header("fp32", 3, 6, size=1 << 50))),
+        "state with one name twice": with_state(good, (0, "A.exp_avg", moment), (0, "A.exp_avg", moment)),
+        "state of no parameter": with_state(good, (0, "Z.exp_avg", moment)),
+        "a number of no parameter": with_state(good, (0, "Z.step", header("fp32"))),
+        "state of a shard of another worker": with_state(good, (9, "A.exp_avg", moment)),
+        "a number of a shard of another worker": with_state(good, (9, "A.step", header("fp32"))),
+        "a parameter behind the others": with_state(good, (0, "Z", header("fp32"))),
     }
 
 

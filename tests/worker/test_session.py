@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cola_common.messages import (
     PROTOCOL,
     Ack,
     Capacity,
+    Capture,
     Credit,
     Delta,
     Drain,
@@ -23,10 +26,13 @@ from cola_common.messages import (
     Part,
     Refusal,
     Revoke,
+    Snapshot,
+    SnapshotRequest,
     ToServer,
 )
 from cola_common.rpc.duplex import StreamBroken
 from cola_common.tensor import CODECS, encode
+from cola_server.fleet.progress import LONGEST_SECONDS
 from cola_worker import session as module
 from cola_worker.session import Session
 from cola_worker.shards import Shards
@@ -72,6 +78,12 @@ async def train_step(stream: Stream, driver: Driver, seed: int) -> Delta:
         assert (bytes(ours.data), ours.checksum) == (bytes(theirs.data), theirs.checksum)
     await stream.send(Ack(driver.job, driver.epoch, delta.step, delta.digest))
     return delta
+
+
+async def take_snapshot(stream: Stream, driver: Driver) -> None:
+    await stream.send(SnapshotRequest(driver.job, driver.epoch, driver.step))
+    snapshot = await until(stream, Snapshot)
+    assert (snapshot.step, snapshot.kept) == (driver.step, True)
 
 
 @pytest.fixture
@@ -170,6 +182,7 @@ async def test_draining_gives_the_jobs_back_and_keeps_their_state(
             await stream.send(Drain())
         await until(stream, Draining)
         await train_step(stream, driver, 1)  # what has begun may end
+        await take_snapshot(stream, driver)
         await stream.send(Revoke(driver.job, 1, "the worker leaves", keep=True))
         await stream.goodbye("all jobs have gone")
 
@@ -207,14 +220,15 @@ async def test_a_server_that_does_not_let_go_is_left(
         await attend(address, tmp_path / "worker", then)
         await asyncio.sleep(0.1)
     assert [str(end) for end in ends] == ["drained"]  # a Goodbye, not a broken stream
-    assert {o.job for o in Shards(tmp_path / "worker").owned()} == {driver.job}
 
 
-async def test_a_stream_that_breaks_keeps_what_the_worker_had(driver: Driver, tmp_path: Path) -> None:
+async def test_a_stream_that_breaks_leaves_what_the_last_snapshot_kept(driver: Driver, tmp_path: Path) -> None:
     async def script(stream: Stream) -> None:
         await welcome(stream)
         await stream.send(driver.assignment())
         await train_step(stream, driver, 0)
+        await take_snapshot(stream, driver)
+        await train_step(stream, driver, 1)
         raise ColaError(Reason.SERVER_DRAINING)
 
     async with serving(script) as address:
@@ -276,11 +290,12 @@ async def test_a_defect_of_the_trainer_ends_the_session_by_its_name(
             await Session(stream, HELLO, Shards(tmp_path)).run()
 
 
+@pytest.mark.parametrize("draining", [False, True])
 async def test_a_trainer_that_hangs_ends_the_process_and_not_the_session_alone(
-    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    draining: bool, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(module, "STOP_SECONDS" if draining else "HANG_SECONDS", 0.2)
     monkeypatch.setattr(Trainer, "handle", lambda *_: go_on.wait(10) and [])
 
     async def script(stream: Stream) -> None:
@@ -291,8 +306,13 @@ async def test_a_trainer_that_hangs_ends_the_process_and_not_the_session_alone(
         await stream.goodbye("done")
 
     async with serving(script) as address, worker_stream(address) as stream:
+        session = Session(stream, HELLO, Shards(tmp_path))
+        running = asyncio.create_task(session.run())
+        if draining:  # a signal, while the session waits for its trainer
+            await asyncio.sleep(0.5)
+            session.drain()
         with pytest.raises(ColaError) as caught:
-            await Session(stream, HELLO, Shards(tmp_path)).run()
+            await asyncio.wait_for(running, 5)
     assert caught.value.reason == Reason.INTERNAL
     go_on.set()
     await asyncio.sleep(0.1)  # the thread ends while its loop still lives
@@ -344,16 +364,18 @@ async def test_a_revocation_just_before_the_end_is_followed(
     handle = Trainer.handle
 
     def slow(trainer: Trainer, message: ToTrainer) -> list[ToServer]:
-        go_on.wait(10)
+        if isinstance(message, Capture):
+            go_on.wait(10)
         return handle(trainer, message)
 
     async def script(stream: Stream) -> None:
         await welcome(stream)
         await stream.send(driver.assignment())
-        while (await until(stream, Heartbeat)).busy_seconds == 0:
-            pass
+        await take_snapshot(stream, driver)
         for capture in driver.captures(random_batch(driver.plans, 0)):
             await stream.send(capture)
+        while (await until(stream, Heartbeat)).busy_seconds == 0:
+            pass
         await stream.send(Revoke(driver.job, 1, "cancelled", keep=keep))
         await stream.goodbye("the server stops")
         asyncio.get_running_loop().call_later(0.2, go_on.set)
@@ -365,6 +387,145 @@ async def test_a_revocation_just_before_the_end_is_followed(
     assert len(Shards(tmp_path / "worker").owned()) == (len(driver.plans) if keep else 0)
 
 
+# --- the lease --------------------------------------------------------------------------------------------------------
+
+LEASE = 0.5
+
+
+async def lived(address: str, folder: Path) -> tuple[StreamBroken, float]:
+    """Returns: how a session broke, and after how many seconds."""
+    began = time.monotonic()
+    async with worker_stream(address) as stream:
+        with pytest.raises(StreamBroken) as caught:
+            await Session(stream, HELLO, Shards(folder)).run()
+    return caught.value, time.monotonic() - began
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_worker_that_hears_nothing_for_its_lease_gives_the_session_up(reads: bool, tmp_path: Path) -> None:
+    gone = asyncio.Event()
+
+    async def script(stream: Stream) -> None:
+        await welcome(stream, replace(WELCOME, lease_seconds=LEASE))
+        if not reads:  # as a server that is frozen
+            await asyncio.sleep(3 * LEASE)
+        try:
+            await until(stream, Delta)
+        finally:
+            gone.set()
+
+    async with serving(script) as address:
+        broken, seconds = await lived(address, tmp_path)
+        assert broken.error is not None
+        assert broken.error.message == "the server cannot be reached: it was silent for 0.5 s"
+        assert LEASE <= seconds < LEASE + 0.5
+        await asyncio.wait_for(gone.wait(), 5)
+    assert not [thread for thread in threading.enumerate() if thread.name == "trainer"]
+
+
+@pytest.mark.parametrize("what", ["heartbeats", "a long message"])
+async def test_a_server_that_speaks_is_followed_for_as_long_as_it_does(
+    what: str, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one message takes longer than the lease, on a slow link: each envelope of it is heard."""
+    spoken = 0.0
+
+    async def script(stream: Stream) -> None:
+        nonlocal spoken
+        await welcome(stream, replace(WELCOME, lease_seconds=LEASE))
+        began = time.monotonic()
+        if what == "heartbeats":
+            for _ in range(30):
+                await stream.send(Heartbeat(0, 0.0))
+                await asyncio.sleep(LEASE / 10)
+        else:
+            transport = stream._transport
+            write = transport.write
+
+            async def slowly(envelope: bytes) -> None:
+                await asyncio.sleep(LEASE / 4)
+                await write(envelope)
+
+            monkeypatch.setattr(transport, "write", slowly)
+            stream.chunk_bytes = 40
+            await stream.send(driver.assignment())
+        spoken = time.monotonic() - began
+        await until(stream, Delta)
+
+    async with serving(script) as address:
+        _, seconds = await lived(address, tmp_path)
+    assert spoken > 2 * LEASE
+    assert seconds >= spoken + LEASE - 0.05
+
+
+async def test_a_worker_that_does_not_listen_blames_nobody_for_silence(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that is behind by a window keeps the session from reading. That is not the server's silence."""
+    handle = Trainer.handle
+
+    def slow(trainer: Trainer, message: ToTrainer) -> list[ToServer]:
+        if isinstance(message, Capture):
+            time.sleep(2 * LEASE)
+        return handle(trainer, message)
+
+    batch = random_batch(driver.plans, 0)
+    captures = driver.captures(batch)
+    window = max(sum(t.nbytes for t in capture.tensors) for capture in captures)
+
+    async def script(stream: Stream) -> None:
+        await welcome(stream, replace(WELCOME, lease_seconds=LEASE, window_bytes=window))
+        await stream.send(driver.assignment())
+        for capture in captures:
+            await stream.send(capture)
+        await stream.send(driver.step_end(batch, 1))
+        beating = asyncio.create_task(beat(stream))
+        await until(stream, Delta)
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+        await stream.goodbye("done")
+
+    async def beat(stream: Stream) -> None:
+        while True:
+            await stream.send(Heartbeat(0, 0.0))
+            await asyncio.sleep(LEASE / 5)
+
+    monkeypatch.setattr(Trainer, "handle", slow)
+    assert len(captures) > 2
+    async with serving(script) as address:
+        assert (await attend(address, tmp_path / "worker")).welcomed
+
+
+async def test_a_trainer_that_is_slow_when_the_stream_breaks_is_waited_for(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the server learns of the end at once."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.1)
+    handle, handled = Trainer.handle, []
+    gone = 0.0
+
+    def slow(trainer: Trainer, message: ToTrainer) -> list[ToServer]:
+        time.sleep(3 * LEASE)
+        handled.append(message)
+        return handle(trainer, message)
+
+    async def script(stream: Stream) -> None:
+        nonlocal gone
+        began = time.monotonic()
+        await welcome(stream, replace(WELCOME, lease_seconds=LEASE))
+        await stream.send(driver.assignment())
+        with suppress(StreamBroken):
+            await until(stream, Delta)
+        gone = time.monotonic() - began
+
+    monkeypatch.setattr(Trainer, "handle", slow)
+    async with serving(script) as address:
+        _, seconds = await lived(address, tmp_path / "worker")
+    assert len(handled) == 1
+    assert 0 < gone < 2 * LEASE < seconds
+
+
 def test_nothing_here_waits_for_long() -> None:
     """What an orchestrator gives a process between SIGTERM and SIGKILL is 30 s."""
+    assert module.HANG_SECONDS == LONGEST_SECONDS  # who is waited for by the server may take as long here
     assert module.DRAIN_SECONDS + module.GOODBYE_SECONDS + module.STOP_SECONDS < 30

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cola_common.messages import Draining
 from cola_worker import capacity
 from cola_worker.config import WorkerConfig
 from cola_worker.identity import identity
-from tests.worker.stand_in import Stream, serving, until, welcome
+from tests.worker.stand_in import WELCOME, Stream, serving, until, welcome
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +190,38 @@ async def test_a_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:
         process.append(start(f"--server={address}", f"--data-dir={tmp_path}", "--threads=1"))
         code, out = await finished(process[0])
     assert code == 1, out
+
+
+async def test_a_worker_that_was_frozen_and_goes_on_is_back_in_a_moment(tmp_path: Path) -> None:
+    """Although nobody told it that its stream is over: a server that is cut off cannot."""
+    process: list[subprocess.Popen[str]] = []
+    said = []
+    continued = back = 0.0
+
+    async def first(stream: Stream) -> None:
+        nonlocal continued
+        said.append(await welcome(stream, replace(WELCOME, lease_seconds=1)))
+        process[0].send_signal(signal.SIGSTOP)
+        await asyncio.sleep(2)
+        process[0].send_signal(signal.SIGCONT)
+        continued = time.monotonic()
+        await until(stream, Draining)
+
+    async def second(stream: Stream) -> None:
+        nonlocal back
+        said.append(await welcome(stream))
+        back = time.monotonic()
+        process[0].send_signal(signal.SIGTERM)
+        await until(stream, Draining)
+        await stream.goodbye("drained")
+
+    async with serving(first, second) as address:
+        process.append(start(f"--server={address}", f"--data-dir={tmp_path}", "--threads=1"))
+        code, out = await finished(process[0])
+    assert code == 0, out
+    assert said[0] == said[1]
+    assert 0 < back - continued < 3
+    assert "it was silent for 1 s" in out
 
 
 async def test_a_worker_that_is_not_wanted_says_why_and_fails(tmp_path: Path) -> None:

@@ -5,21 +5,34 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cola_common.errors import CATALOGUE, ColaError, Reason
-from cola_common.messages import PROTOCOL, Capacity, Drain, Draining, Heartbeat, Hello, Revoke, ToServer, ToWorker
+from cola_common.messages import (
+    PROTOCOL,
+    Capacity,
+    Drain,
+    Draining,
+    Hello,
+    Revoke,
+    Snapshot,
+    SnapshotRequest,
+    ToServer,
+    ToWorker,
+)
 from cola_common.rpc.duplex import Duplex
 from cola_common.tensor import CODECS
-from cola_worker import supervisor as module
+from cola_worker import backoff as module
+from cola_worker.backoff import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS
 from cola_worker.shards import Shards
-from cola_worker.supervisor import FINAL, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, Supervisor
+from cola_worker.supervisor import FINAL, Supervisor
 from cola_worker.trainer import Trainer
 from tests.worker.driver import FAMILIES, PLAN, Driver, shard_plans
-from tests.worker.stand_in import Stream, serving, until, welcome, worker_stream
+from tests.worker.stand_in import WELCOME, Stream, serving, until, welcome, worker_stream
 
 WORKER = "wkr-" + "1" * 24
 CAPACITY = Capacity(cores=2, memory_bytes=1 << 30, device="cpu", gflops=3.0)
@@ -52,7 +65,7 @@ async def leave(stream: Stream) -> None:
     await stream.goodbye("drained")
 
 
-@pytest.mark.parametrize("end", ["goodbye", "broken", "error", "no welcome"])
+@pytest.mark.parametrize("end", ["goodbye", "broken", "error", "silence", "no welcome"])
 async def test_a_worker_comes_again_as_itself(end: str, tmp_path: Path) -> None:
     hellos: list[Hello] = []
 
@@ -61,11 +74,13 @@ async def test_a_worker_comes_again_as_itself(end: str, tmp_path: Path) -> None:
             await stream.receive()
             await stream.send(Drain())
             return
-        hellos.append(await welcome(stream))
+        hellos.append(await welcome(stream, replace(WELCOME, lease_seconds=0.3)))
         if end == "goodbye":
             await stream.goodbye("the server stops")
         if end == "error":
             raise ColaError(Reason.SERVER_DRAINING)
+        if end == "silence":
+            await until(stream, Hello)  # which never comes
 
     async def second(stream: Stream) -> None:
         hellos.append(await welcome(stream))
@@ -94,8 +109,8 @@ async def test_what_was_kept_is_offered_in_the_next_life(tmp_path: Path) -> None
     async def first(stream: Stream) -> None:
         hellos.append(await welcome(stream))
         await stream.send(driver.assignment())
-        while (await until(stream, Heartbeat)).progress == 0:
-            pass
+        await stream.send(SnapshotRequest(driver.job, 1, 0))
+        assert (await until(stream, Snapshot)).kept
         await stream.send(Revoke(driver.job, 1, "paused", keep=True))
         await stream.goodbye("the server stops")
 

@@ -13,7 +13,19 @@ import torch
 
 from cola_common import schedules
 from cola_common.errors import Reason
-from cola_common.messages import Ack, Capture, Credit, Delta, Norm, NormTotal, Part, Revoke, StepEnd
+from cola_common.messages import (
+    Ack,
+    Capture,
+    Credit,
+    Delta,
+    Norm,
+    NormTotal,
+    Part,
+    Revoke,
+    Snapshot,
+    SnapshotRequest,
+    StepEnd,
+)
 from cola_common.tensor import CODECS, decode, encode
 from cola_worker.shards import Shards
 from cola_worker.trainer import Trainer
@@ -198,6 +210,7 @@ def test_another_epoch_is_stale_and_changes_nothing(epoch: int, trainer: Trainer
         driver.step_end(batch, 1),
         NormTotal(driver.job, 2, 0, 1.0),
         Ack(driver.job, 2, 0, "a digest"),
+        SnapshotRequest(driver.job, 2, 0),
     ]
     if epoch < 2:
         late += [driver.assignment(), Revoke(driver.job, 2, "late", keep=False)]
@@ -346,10 +359,13 @@ def test_a_batch_that_is_not_what_was_announced_is_refused(missing: str, trainer
         NormTotal("", 1, 0, 1.0),
         NormTotal("", 1, 4, 1.0),
         Ack("", 1, 0, ""),
+        SnapshotRequest("", 1, 1),
     ],
-    ids=["step ahead", "norm not asked for", "norm ahead", "acknowledgement ahead"],
+    ids=["step ahead", "norm not asked for", "norm ahead", "acknowledgement ahead", "snapshot ahead"],
 )
-def test_what_is_out_of_order_is_refused(message: StepEnd | NormTotal | Ack, trainer: Trainer) -> None:
+def test_what_is_out_of_order_is_refused(
+    message: StepEnd | NormTotal | Ack | SnapshotRequest, trainer: Trainer
+) -> None:
     driver = Driver.of(PLAN, shard_plans(FAMILIES["lora"]), trainer)
     driver.assign()
     assert refused(trainer.handle(replace(message, job=driver.job))).reason == Reason.PROTOCOL_VIOLATION
@@ -362,6 +378,90 @@ def test_a_norm_that_is_none_is_refused(total: float, trainer: Trainer) -> None:
     driver.assign()
     driver.send_batch(random_batch(driver.plans, 1), 1)
     assert refused(trainer.handle(NormTotal(driver.job, 1, 0, total))).reason == Reason.PROTOCOL_VIOLATION
+
+
+# --- snapshots ------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_belongs_between_two_steps_and_is_refused_within_one(trainer: Trainer, tmp_path: Path) -> None:
+    plan = changed(PLANS["adamw"], max_grad_norm=0.5)
+    plans = shard_plans(FAMILIES["lora"])
+    undisturbed = Driver.of(plan, plans, Trainer(Shards(tmp_path / "undisturbed")))
+    driver = Driver.of(plan, plans, trainer)
+    for each in (undisturbed, driver):
+        each.assign()
+        each.train([random_batch(plans, 0)])
+
+    def ask(step: int) -> None:
+        refusal = refused(trainer.handle(SnapshotRequest(driver.job, 1, step)))
+        assert (refusal.reason, refusal.step) == (Reason.PROTOCOL_VIOLATION, step)
+
+    batch = random_batch(plans, 1)
+    ask(0)  # the step before
+    trainer.handle(driver.captures(batch)[0])
+    ask(1)
+    for capture in driver.captures(batch)[1:]:
+        trainer.handle(capture)
+    ask(1)
+    norm = only(trainer.handle(driver.step_end(batch, 1)), Norm)
+    ask(1)
+    total = NormTotal(driver.job, 1, 1, sum(s for _, s in norm.squares) ** 0.5)
+    delta = only(trainer.handle(total), Delta)
+    ask(1)
+    driver.fold([delta])
+    driver.batch += 1
+    undisturbed.train([batch])
+    assert driver.snapshot() == driver.snapshot()
+    for each in (undisturbed, driver):
+        each.train([random_batch(plans, 2)])
+    assert all(torch.equal(undisturbed.parameters[i][n], driver.parameters[i][n]) for i in (0, 1, 2) for n in "AB")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_snapshot_has_what_the_optimizer_keeps_of_the_shards_that_were_stepped(plan: str, trainer: Trainer) -> None:
+    driver = Driver.of(PLANS[plan], shard_plans(FAMILIES["lora"]), trainer)
+    driver.assign()
+    driver.train([[c for c in random_batch(driver.plans, 1) if c.index != 1]])
+    (half,) = driver.snapshot()
+    entries = {"sgd": [], "nesterov": ["momentum_buffer"]}.get(plan, ["step", "exp_avg", "exp_avg_sq"])
+    assert set(half.names) == {(i, f"{name}.{entry}") for i in (0, 2) for name in "AB" for entry in entries}
+    assert [index for index, _ in half.digests] == [0, 1, 2]
+    assert {tensor.codec for tensor in half.tensors} <= {"fp32"}
+    driver.go_on()
+    driver.train([random_batch(driver.plans, 2)])
+
+
+def test_what_a_snapshot_says_stays_while_the_optimizer_goes_on(trainer: Trainer) -> None:
+    driver = Driver.of(PLANS["adamw"], shard_plans(FAMILIES["lora"]), trainer)
+    driver.assign()
+    driver.train([random_batch(driver.plans, 0)])
+    half = only(trainer.handle(SnapshotRequest(driver.job, 1, 1)), Snapshot)
+    before = [bytes(tensor.data) for tensor in half.tensors]
+    driver.train([random_batch(driver.plans, 1)])
+    assert [bytes(tensor.data) for tensor in half.tensors] == before
+    later = only(trainer.handle(SnapshotRequest(driver.job, 1, 2)), Snapshot)
+    assert [bytes(tensor.data) for tensor in later.tensors] != before
+
+
+def test_a_digest_of_a_shard_that_is_not_assigned_is_refused(trainer: Trainer) -> None:
+    driver = Driver.of(PLAN, shard_plans(FAMILIES["lora"]), trainer)
+    answers = trainer.handle(replace(driver.assignment(), digests=((7, "0" * 32),)))
+    assert refused(answers).reason == Reason.PROTOCOL_VIOLATION
+    driver.assign()
+
+
+@pytest.mark.parametrize(("taken", "wanted"), [("adamw", "nesterov"), ("nesterov", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(taken: str, wanted: str, trainer: Trainer) -> None:
+    driver = Driver.of(PLANS[taken], shard_plans(FAMILIES["lora"]), trainer)
+    driver.assign()
+    driver.train([random_batch(driver.plans, 0)])
+    driver.snapshot()
+    driver.go_back()
+    driver.plan = PLANS[wanted]
+    assert refused(trainer.handle(driver.assignment())).reason == Reason.PROTOCOL_VIOLATION
+
+
+# --- what else is wrong -----------------------------------------------------------------------------------------------
 
 
 def test_other_bits_on_the_server_are_told(trainer: Trainer) -> None:

@@ -22,9 +22,10 @@ def create(
     session: Session,
     path: Annotated[Path, typer.Argument(help="JSONL, or with --purpose adapter the folder of an adapter.")],
     purpose: Annotated[Purpose, typer.Option(help="What the file is for.")] = "fine-tune",
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key finds the same file.")] = None,
 ) -> None:
     """Upload a file and print its id."""
-    file = session.client.files.create(file=path, purpose=purpose)
+    file = session.client.files.create(file=path, purpose=purpose, idempotency_key=idempotency_key)
     session.one(file, file.id)
 
 

@@ -8,6 +8,7 @@ import typer
 from cola_common import ids
 from cola_common.client.commands.session import Session, connected
 from cola_common.client.commands.specs import put_flags, put_settings, read_spec
+from cola_common.client.connection import part_key
 from cola_common.client.plot import plot as draw
 from cola_common.client.tables import EVENTS, JOBS, METRICS, job_details
 from cola_common.client.watch import watch as show
@@ -53,6 +54,7 @@ def create(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, such as wire.values=fp16. Repeatable."),
     ] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key finds the same job.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show the job until it ends.")] = False,
 ) -> None:
     """Submit a job and print its id."""
@@ -84,8 +86,8 @@ def create(
     JobSpec.parse(fields)  # before files are uploaded for it
     for name in ("training_file", "validation_file"):
         if fields.get(name) is not None:
-            fields[name] = _uploaded(session, fields[name], name)
-    job = session.client.fine_tuning.jobs.create(**fields)
+            fields[name] = _uploaded(session, fields[name], name, part_key(idempotency_key, name))
+    job = session.client.fine_tuning.jobs.create(**fields, idempotency_key=idempotency_key)
     if watch:
         session.say(f"Job {job.id}")
         _watch(session, job.id)
@@ -97,12 +99,12 @@ def _targets(text: str) -> str | list[str]:
     return text if text == "all-linear" else [part.strip() for part in text.split(",")]
 
 
-def _uploaded(session: Session, file: str, name: str) -> str:
+def _uploaded(session: Session, file: str, name: str, key: str | None) -> str:
     if ids.valid("file", file):
         return file
     if not Path(file).is_file():
         raise ColaError(Reason.INVALID_JOB, param=name, problem=f"{file} is no file's id, and no file on this machine")
-    return session.client.files.create(file=file, purpose="fine-tune").id
+    return session.client.files.create(file=file, purpose="fine-tune", idempotency_key=key).id
 
 
 @app.command("list")

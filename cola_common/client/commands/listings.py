@@ -1,12 +1,14 @@
 """`cola models` and `cola workers`."""
 
+from typing import Annotated
+
 import typer
 
 from cola_common.client.commands.session import Session, connected
-from cola_common.client.tables import MODELS, WORKERS
+from cola_common.client.tables import MODELS, WORKERS, table
 
 models = typer.Typer(help="The server's base models.", no_args_is_help=True)
-workers = typer.Typer(help="The server's workers.", no_args_is_help=True)
+workers = typer.Typer(help="The server's workers: list and drain.", no_args_is_help=True)
 
 
 @models.command("list")
@@ -23,10 +25,14 @@ def list_workers(session: Session) -> None:
     session.many(WORKERS, session.client.workers.list(), none="No workers.")
 
 
+@workers.command()
+@connected
+def drain(session: Session, worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's id.")]) -> None:
+    """Empty a worker: its jobs go on elsewhere and lose no step."""
+    card = session.client.workers.drain(worker)
+    session.one(card, table(WORKERS, [card]))
+
+
 # A group needs a callback to stay one with a single command.
 @models.callback()
 def _models() -> None: ...
-
-
-@workers.callback()
-def _workers() -> None: ...

@@ -1,0 +1,98 @@
+"""Workers and a job of two shards for the tests of `cola_server.fleet`, with messages made by hand."""
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from cola_common import ids
+from cola_common.messages import (
+    PROTOCOL,
+    Calls,
+    Capacity,
+    Capture,
+    Delta,
+    EncodedTensor,
+    Hello,
+    OwnedShard,
+    Part,
+    Snapshot,
+    ToWorker,
+)
+from cola_common.tensor import encode
+from cola_server.fleet import Attendance, Exchange, Fleet, FleetLimits
+
+JOB = "ftjob-000000000000000000000000"
+SITES = ["layers.0.q", "layers.0.k"]
+SHAPES = [{"A": (2, 4), "B": (3, 2)}, {"A": (2, 4), "B": (3, 2)}]
+SMALL = FleetLimits(window_bytes=100, buffer_bytes=200)
+
+
+def hello(
+    worker: str | None = None,
+    boot: int = 1,
+    versions: tuple[int, int] = (PROTOCOL, PROTOCOL),
+    owned: Sequence[OwnedShard] = (),
+) -> Hello:
+    return Hello(
+        protocol_min=versions[0],
+        protocol_max=versions[1],
+        worker=worker or ids.new("wkr"),
+        boot=boot,
+        capacity=Capacity(cores=1, memory_bytes=1 << 30, device="cpu", gflops=1.0),
+        codecs=("fp32",),
+        owned=tuple(owned),
+    )
+
+
+def capture(nbytes: int, batch: int = 0, epoch: int = 1) -> Capture:
+    tensor = EncodedTensor("fp32", (nbytes // 4,), 0, nbytes, 0, bytes(nbytes))
+    return Capture(JOB, epoch, batch, (Part("g", 0, 0),), (tensor,))
+
+
+def exchange_of(fleet: Fleet, owners: dict[int, str], *, clip: float = 0.0, epoch: int = 1) -> Exchange:
+    exchange = Exchange(
+        job=JOB,
+        epoch=epoch,
+        owners=owners,
+        outboxes=fleet.outboxes(set(owners.values())),
+        sites=SITES,
+        shapes=SHAPES,
+        max_grad_norm=clip,
+    )
+    fleet.open(exchange, dict.fromkeys(exchange.workers, 1000))
+    return exchange
+
+
+def delta(indices: list[int], *, step: int = 0, epoch: int = 1, codec: str = "fp32", square: float = 1.0) -> Delta:
+    names = [(i, name) for i in indices for name in SHAPES[i]]
+    tensors = [encode(torch.ones(SHAPES[i][name]), codec) for i, name in names]
+    squares = tuple((i, square) for i in indices)
+    return Delta(JOB, epoch, step, tuple(names), squares, "digest", 0.1, tuple(tensors))
+
+
+def half(indices: list[int], *, step: int = 0, epoch: int = 1, kept: bool = True) -> Snapshot:
+    """A worker's half of a snapshot, as AdamW's state is."""
+    shapes = {
+        (i, f"{name}.{entry}"): () if entry == "step" else shape
+        for i in indices
+        for name, shape in SHAPES[i].items()
+        for entry in ("step", "exp_avg", "exp_avg_sq")
+    }
+    tensors = tuple(encode(torch.ones(shape), "fp32") for shape in shapes.values())
+    digests = tuple((i, f"digest {i}") for i in indices)
+    return Snapshot(JOB, epoch, step, tuple(shapes), digests, kept, tensors)
+
+
+def end_step(exchange: Exchange, indices: tuple[int, ...] = (0, 1)) -> None:
+    exchange.end_batch(batch=0, batches=1, calls=[Calls(i, 1, 5) for i in indices])
+
+
+async def sent(attendance: Attendance, kind: type[ToWorker]) -> ToWorker:
+    while not isinstance(message := await asyncio.wait_for(attendance.outbox.next(), 1), kind):
+        pass
+    return message
+
+
+async def attended(fleet: Fleet, count: int) -> list[Attendance]:
+    return sorted((fleet.attend(hello())[0] for _ in range(count)), key=lambda a: a.worker)

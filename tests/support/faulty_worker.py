@@ -1,0 +1,72 @@
+"""`python -m tests.support.faulty_worker --data-dir=DIR …`: `cola-worker` with a trainer that can be made to misbehave.
+
+The file `DIR/faults` holds what it does wrong, in words; it is read anew for each message, so that a test can change
+its mind:
+
+    twice     each delta is sent twice
+    late      the delta before is sent again before and after each delta: one of the step before, or of an older epoch
+    deaf      the first Ack of a step is not heard, and the delta is sent again
+    slow=S    each batch takes S seconds more
+    hang      the message never ends
+
+All of them say that they are equally fast: where a job goes is not to depend on what else the machine does.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import cola_worker.capacity
+import cola_worker.session
+from cola_common.messages import Ack, Delta, StepEnd, ToServer
+from cola_worker.cli import main
+from cola_worker.trainer import ToTrainer, Trainer
+
+FILE = "faults"
+
+
+class FaultyTrainer(Trainer):
+    """See the module. What was sent outlives a session, as it would in a network."""
+
+    file: Path
+    before: Delta | None = None
+    last: Delta | None = None
+
+    def handle(self, message: ToTrainer) -> list[ToServer]:
+        faults = self.file.read_text().split() if self.file.exists() else []
+        if "hang" in faults:
+            time.sleep(1e6)
+        if isinstance(message, StepEnd):
+            time.sleep(sum(float(word.removeprefix("slow=")) for word in faults if word.startswith("slow=")))
+        last = FaultyTrainer.last
+        if "deaf" in faults and isinstance(message, Ack) and last is not None and not _ignored(message, last):
+            return [last]
+        return [sent for answer in super().handle(message) for sent in _sent(answer, faults)]
+
+
+_deaf_to: set[tuple[str, int, int]] = set()
+
+
+def _ignored(ack: Ack, last: Delta) -> bool:
+    """Whether this Ack is not the first of the step that `last` ended."""
+    step = (ack.job, ack.epoch, ack.step)
+    known = step in _deaf_to or step != (last.job, last.epoch, last.step)
+    _deaf_to.add(step)
+    return known
+
+
+def _sent(answer: ToServer, faults: list[str]) -> list[ToServer]:
+    if not isinstance(answer, Delta):
+        return [answer]
+    before, FaultyTrainer.before = FaultyTrainer.before, answer
+    FaultyTrainer.last = answer
+    sent: list[ToServer] = [answer, answer] if "twice" in faults else [answer]
+    return [before, *sent, before] if "late" in faults and before is not None else sent
+
+
+if __name__ == "__main__":
+    (folder,) = (word.partition("=")[2] for word in sys.argv if word.startswith("--data-dir="))
+    FaultyTrainer.file = Path(folder) / FILE
+    cola_worker.session.Trainer = FaultyTrainer  # type: ignore[misc]
+    cola_worker.capacity._gflops = lambda: 1.0
+    main()
