@@ -2,7 +2,8 @@
 
 One server on a small disk, three workers, each behind a proxy of its own. A run is a small job that one to three
 faults strike between its first and its last fold; drawn from a seed, as are the moments. Each job's checkpoints are
-compared bit for bit with an undisturbed run's, and its steps must be 1..N, under epochs that never decrease: none left out, and none twice but after a rewind.
+compared bit for bit with an undisturbed run's, and its steps must be 1..N, under epochs that never decrease: none left
+out, and none twice but after a rewind.
 
     python -m benchmarks.soak [--runs 100] [--seed 0]
 """
