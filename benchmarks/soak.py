@@ -8,6 +8,7 @@ out, and none twice but after a rewind.
     python -m benchmarks.soak [--runs 100] [--seed 0]
 """
 
+import math
 import random
 import statistics
 import sys
@@ -40,7 +41,7 @@ DISK_MEBIBYTES = 48
 
 @dataclass
 class Strike:
-    """A fault that has struck, and the fold that came after it."""
+    """A fault, and how long the job took to get over it; None where it struck after the last fold."""
 
     kind: str
     at: float
@@ -172,11 +173,10 @@ def one_run(
         time.sleep(0.01)
         job = client.fine_tuning.jobs.retrieve(job.id)
     log = log_of(client, job)
-    for strike in strikes:
-        after = [event.created_at for event in folds(log) if event.created_at > strike.at]
-        strike.recovered = after[0] - strike.at if after else None
-        tally.faults[strike.kind] += 1
+    for strike, next_at in zip(strikes, [*(each.at for each in strikes[1:]), math.inf], strict=True):
+        strike.recovered = recovery(log, strike.at, next_at)
         if strike.recovered is not None:
+            tally.faults[strike.kind] += 1
             tally.recoveries.setdefault(strike.kind, []).append(strike.recovered)
     tally.rewinds += max(0, job.epoch - 1)
     verdict = "the same adapter"
@@ -193,8 +193,19 @@ def one_run(
             tally.differing += 1
             verdict = "ANOTHER ADAPTER"
     faults.heal()
-    told = ", ".join(f"{s.kind} ({'–' if s.recovered is None else f'{s.recovered:.1f} s'})" for s in strikes)
+    told = ", ".join(f"{s.kind} ({'too late' if s.recovered is None else f'{s.recovered:.1f} s'})" for s in strikes)
     return f"{number:4}  {told or 'nothing struck'}: epoch {job.epoch}, {verdict}"
+
+
+def recovery(log: list[JobEvent], at: float, until: float) -> float | None:
+    """Seconds from a fault, which was the only one until `until`, to the fold that shows that it is over; None for one
+    that struck after the last fold.
+    """
+    begins = [e.created_at for e in log if e.type != "metrics" and "step" in e.data and at < e.created_at < until]
+    after = [event.created_at for event in folds(log) if event.created_at > (begins[0] if begins else at)]
+    if not begins:
+        after = after[1:]  # the next one was under way
+    return after[0] - at if after else None
 
 
 def count_steps(log: list[JobEvent]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from tests.end_to_end.jobs import finish, until
 from tests.support.outcome import ROWS, begin, outcome
 from tests.support.troupe import Troupe
 
-STEPS = 60
+STEPS = 50
 
 
 def test_of_two_workers_with_one_identity_the_newer_stays_and_the_older_is_told_why(troupe: Troupe) -> None:
@@ -44,13 +44,12 @@ job = client.fine_tuning.jobs.create(
     model="llama",
     training_file=file.id,
     adapter={"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
-    hyperparameters={"max_steps": 60, "max_length": 32, "optimizer": "adamw", "learning_rate": 0.01},
+    hyperparameters={"max_steps": 50, "max_length": 32, "optimizer": "adamw", "learning_rate": 0.01},
     idempotency_key=key,
 )
 print(job.id, flush=True)
-if "stay" in key:
-    for event in client.fine_tuning.jobs.stream_events(job.id):
-        pass
+for event in client.fine_tuning.jobs.stream_events(job.id):
+    pass
 """
 
 
@@ -59,31 +58,19 @@ def test_a_client_that_is_killed_finds_its_job_again_by_its_key(troupe: Troupe, 
     rows.write_bytes(ROWS)
     with troupe.cluster.client() as client:
         expected = troupe.undisturbed(client, STEPS)
-        first = _submit(troupe, rows, "stay-1")
+        first = _submit(troupe, rows, "one")
         assert first.stdout is not None
         id = first.stdout.readline().strip()
         until(lambda: client.fine_tuning.jobs.retrieve(id).step > 5)
         first.send_signal(signal.SIGKILL)
         first.communicate()
-        again = _submit(troupe, rows, "stay-1")
+        again = _submit(troupe, rows, "one")
         assert again.stdout is not None and again.stdout.readline().strip() == id
         again.kill()
         again.communicate()
         jobs = [job for job in client.fine_tuning.jobs.list() if not job.status.terminal]
         assert [job.id for job in jobs] == [id], "the job goes on, and it is one"
         assert outcome(client, finish(client, jobs[0]), troupe.cluster.root / "adapters") == expected
-
-
-def test_a_key_finds_its_job_after_the_server_was_killed_too(troupe: Troupe, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(ROWS)
-    with troupe.cluster.client() as client:
-        first, _ = _submit(troupe, rows, "go").communicate(timeout=20)
-        troupe.cluster.server.kill()
-        troupe.cluster.start_server()
-        again, _ = _submit(troupe, rows, "go").communicate(timeout=20)
-        assert first == again != ""
-        assert finish(client, client.fine_tuning.jobs.retrieve(first.strip())).status == "succeeded"
 
 
 def _submit(troupe: Troupe, rows: Path, key: str) -> "subprocess.Popen[str]":

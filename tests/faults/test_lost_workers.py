@@ -8,7 +8,7 @@ from tests.end_to_end.jobs import messages, until
 from tests.support.outcome import begin, folds, log_of, lost, next_fold
 from tests.support.troupe import Troupe
 
-STEPS = 100
+STEPS = 50
 EVERY = 10  # steps between snapshots
 
 
@@ -38,8 +38,8 @@ def test_a_job_without_a_worker_waits_and_says_so_and_takes_the_next_one(troupe:
         owner = troupe.owner(client, job)
         troupe.kill(troupe.other(owner))
         troupe.kill(owner)
-        until(lambda: client.fine_tuning.jobs.retrieve(job.id).waiting_for_workers)
-        assert messages(client, job)[-1] == "Waiting for workers."
+        until(lambda: messages(client, job)[-1] == "Waiting for workers.")
+        assert client.fine_tuning.jobs.retrieve(job.id).waiting_for_workers
         assert [worker.status for worker in client.workers.list()] == ["lost", "lost"]
         troupe.start(owner)
         assert troupe.outcome(client, job) == expected

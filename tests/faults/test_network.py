@@ -1,5 +1,6 @@
 """The network between server and workers: cut, slow, broken off, and messages that come twice, late or not at all."""
 
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.support.outcome import begin, folds, log_of, lost
 from tests.support.proxy import Proxy
 from tests.support.troupe import Troupe
 
-STEPS = 100
+STEPS = 50
 
 
 def test_both_sides_notice_a_cut_and_the_worker_comes_back_with_what_it_owns(troupe: Troupe) -> None:
@@ -31,7 +32,7 @@ def test_both_sides_notice_a_cut_and_the_worker_comes_back_with_what_it_owns(tro
         until(lambda: "no connection" in troupe.daemons[owner].said()[len(before) :])
         assert time.time() - cut <= 15
         troupe.proxies[owner].restore()
-        until(lambda: "owned=4" in troupe.daemons[owner].said()[len(before) :])
+        until(lambda: re.search(r"attending .*owned=[1-9]", troupe.daemons[owner].said()[len(before) :]) is not None)
         troupe.cluster.misbehave(spare, "")
         assert troupe.outcome(client, job) == expected
 
@@ -69,7 +70,7 @@ def test_connections_that_break_again_and_again_do_not_keep_a_job_from_its_end(t
         for proxy in troupe.proxies.values():
             proxy.latency = 0.002
         job = begin(client, STEPS)
-        for after in (12, 24, 31, 58, 75):
+        for after in (12, 18, 25, 31, 44):
             until(lambda after=after: client.fine_tuning.jobs.retrieve(job.id).step > after)
             for proxy in troupe.proxies.values():
                 proxy.sever()
@@ -101,13 +102,13 @@ def test_a_slow_link_costs_neither_memory_nor_the_worker(model: Path, tmp_path: 
 @pytest.mark.parametrize("faults", ["twice", "late", "deaf", "twice late deaf"])
 def test_a_delta_that_comes_again_is_folded_once(faults: str, troupe: Troupe) -> None:
     with troupe.cluster.client() as client:
-        expected = troupe.undisturbed(client, 40)
+        expected = troupe.undisturbed(client, STEPS)
         for name in troupe.daemons:
             troupe.cluster.misbehave(name, faults)
-        job = begin(client, 40)
+        job = begin(client, STEPS)
         assert troupe.outcome(client, job) == expected
         assert client.fine_tuning.jobs.retrieve(job.id).epoch == 1
-        assert len(folds(log_of(client, job))) == 40
+        assert len(folds(log_of(client, job))) == STEPS
         assert [worker.status for worker in client.workers.list()] == ["attending", "attending"]
 
 

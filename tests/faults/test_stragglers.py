@@ -10,7 +10,7 @@ from tests.end_to_end.jobs import until
 from tests.support.outcome import begin, folds, log_of
 from tests.support.troupe import Troupe
 
-STEPS = 60
+STEPS = 15
 LONG = 5000
 INTERVAL = {"adaptation_interval": 4}  # batches of a step: each is a message, and none of them takes long enough alone
 
