@@ -66,6 +66,11 @@ class Daemon:
         """The memory that it has now."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def waited_seconds(self) -> float:
+        """How long its threads could have run and had no core, as others had them: none on a machine of its own."""
+        stats = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(each.read_text().split()[1]) for each in stats) / 1e9
+
     def said(self) -> str:
         """All that it, and what ran under its name before it, printed."""
         return self.log.read_text(errors="replace")
