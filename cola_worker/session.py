@@ -109,7 +109,9 @@ class Session:
                 tasks.create_task(_watch(thread))
                 await self._read(admission, thread)
         except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None  # the first to fail is the reason; it ended the others
+            end = group.exceptions[0]  # the first to fail is the reason; it ended the others
+            log.info("the session ends", problem=str(end))  # now: a trainer that hangs is waited for
+            raise end from None
         finally:
             self._duplex.close()  # the server need not wait for the trainer to know
             if not await self._stop(thread):
