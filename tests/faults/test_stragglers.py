@@ -10,7 +10,7 @@ from tests.end_to_end.jobs import until
 from tests.support.outcome import begin, folds, log_of
 from tests.support.troupe import Troupe
 
-STEPS = 15
+STEPS = 50
 LONG = 5000
 INTERVAL = {"adaptation_interval": 4}  # batches of a step: each is a message, and none of them takes long enough alone
 
@@ -40,6 +40,8 @@ def test_a_straggler_s_job_moves_and_other_jobs_keep_their_speed(troupe: Troupe)
 def test_without_another_worker_a_straggler_is_waited_for(troupe: Troupe) -> None:
     with troupe.cluster.client() as client:
         expected = troupe.undisturbed(client, STEPS, hyperparameters=INTERVAL)
+        for each in troupe.daemons:
+            troupe.cluster.misbehave(each, "slow=0.03")  # not over before it is slowed down
         job = begin(client, STEPS, hyperparameters=INTERVAL)
         until(lambda: client.fine_tuning.jobs.retrieve(job.id).step > 2)
         (owner,) = (worker.id for worker in client.workers.list() if worker.shards)

@@ -6,7 +6,7 @@ its mind:
     twice     each delta is sent twice
     late      the delta before is sent again before and after each delta: one of the step before, or of an older epoch
     deaf      the first Ack of a step is not heard, and the delta is sent again
-    slow=S    each batch takes S seconds more
+    slow=S    each batch takes S seconds more, from the first of a step on
     hang      the message never ends
 
 All of them say that they are equally fast: where a job goes is not to depend on what else the machine does.
@@ -15,6 +15,7 @@ All of them say that they are equally fast: where a job goes is not to depend on
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import cola_worker.capacity
 import cola_worker.session
@@ -29,6 +30,8 @@ class FaultyTrainer(Trainer):
     """See the module. What was sent outlives a session, as it would in a network."""
 
     file: Path
+    slow: ClassVar[dict[str, float]] = {}
+    """Of the step that a job has begun: one that is slow in part would tell the server to expect a slow one."""
     before: Delta | None = None
     last: Delta | None = None
 
@@ -37,7 +40,10 @@ class FaultyTrainer(Trainer):
         if "hang" in faults:
             time.sleep(1e6)
         if isinstance(message, StepEnd):
-            time.sleep(sum(float(word.removeprefix("slow=")) for word in faults if word.startswith("slow=")))
+            slow = sum(float(word.removeprefix("slow=")) for word in faults if word.startswith("slow="))
+            time.sleep(self.slow.setdefault(message.job, slow))
+            if message.batches:
+                del self.slow[message.job]
         last = FaultyTrainer.last
         if "deaf" in faults and isinstance(message, Ack) and last is not None and not _ignored(message, last):
             return [last]
