@@ -35,6 +35,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.server_step
 	$(BIN)/python -m benchmarks.snapshots
 	$(BIN)/python -m benchmarks.reconnect
+	$(BIN)/python -m benchmarks.tenants
+	$(BIN)/python -m benchmarks.tenant_memory
+	$(BIN)/python -m benchmarks.idle
+	$(BIN)/python -m benchmarks.placement
 
 # Random faults at jobs under way, some twenty minutes; `make soak RUNS=20 SEED=1` is another, shorter one.
 soak: $(INSTALLED)

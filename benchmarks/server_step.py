@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,47 +70,27 @@ def server_round(client: Client, pid: int, file: str, steps: int, fold: str) -> 
 def plain_rounds(path: str, rounds: int, steps: int) -> None:
     """The child process for (a) and (b): runs a round of each whenever a line comes in, and prints seconds a step."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+
+    from benchmarks.ordinary import Frozen, Peft, tokens
 
     torch.set_num_threads(1)
-    ids = torch.randint(100, 40_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
+    ids = tokens(BATCH, LENGTH)
+    frozen, peft = Frozen(path), Peft(path, TARGETS, RANK)
 
-    frozen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
-    frozen.config.use_cache = False
-    root = torch.zeros((), requires_grad=True)
-    # The gradient has to flow through the whole model although no parameter takes one.
-    frozen.get_input_embeddings().register_forward_hook(lambda _m, _x, out: out + root)
-
-    tuned = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tuned.config.use_cache = False
-    config = LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM")
-    peft = get_peft_model(tuned, config).eval()
-    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
-
-    def frozen_step() -> None:
-        frozen(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-
-    def peft_step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        peft(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-        optimizer.step()
-
-    def timed(step: Callable[[], None]) -> float:
-        step()
+    def timed(step: Callable[[Any], None]) -> float:
+        step(ids)
         began = time.process_time()
         for _ in range(steps):
-            step()
+            step(ids)
         return (time.process_time() - began) / steps
 
     for _ in range(WARMUP_STEPS):
-        frozen_step()
-        peft_step()
+        frozen.step(ids)
+        peft.step(ids)
     print("ready", flush=True)
     for _ in range(rounds):
         sys.stdin.readline()
-        print(json.dumps([timed(frozen_step), timed(peft_step)]), flush=True)
+        print(json.dumps([timed(frozen.step), timed(peft.step)]), flush=True)
 
 
 def main(

@@ -99,7 +99,7 @@ async def receive_bare(channel: grpc.aio.Channel, missing: int) -> None:
 
 async def receive_captures(channel: grpc.aio.Channel, missing: int, *, decoding: bool) -> None:
     duplex = attend(channel)
-    await duplex.send(Credit("job", 1, 0, 0))
+    await duplex.send(Credit("job", 1, 0, 0, 0.0))
     loop = asyncio.get_running_loop()
     received: queue.SimpleQueue[Capture | None] = queue.SimpleQueue()
     room = asyncio.Semaphore(4)  # captures that wait for the decoder: the window of the real stream
@@ -120,7 +120,7 @@ async def receive_captures(channel: grpc.aio.Channel, missing: int, *, decoding:
         missing -= sum(tensor.nbytes for tensor in capture.tensors)
     received.put(None)
     await loop.run_in_executor(None, thread.join)
-    await duplex.send(Credit("job", 1, 0, 0))
+    await duplex.send(Credit("job", 1, 0, 0, 0.0))
     await duplex.goodbye("done")
 
 

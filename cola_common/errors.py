@@ -30,6 +30,9 @@ class Reason(StrEnum):
     TIED_WEIGHTS = "TIED_WEIGHTS"
     NOT_MERGEABLE = "NOT_MERGEABLE"
     BATCH_TOO_LARGE = "BATCH_TOO_LARGE"
+    JOB_TOO_LARGE = "JOB_TOO_LARGE"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
+    GROUP_BROKEN = "GROUP_BROKEN"
     ILLEGAL_TRANSITION = "ILLEGAL_TRANSITION"
     NON_FINITE_LOSS = "NON_FINITE_LOSS"
     NON_FINITE_CAPTURE = "NON_FINITE_CAPTURE"
@@ -98,6 +101,18 @@ CATALOGUE: dict[Reason, Entry] = {
     Reason.BATCH_TOO_LARGE: Entry(
         "RESOURCE_EXHAUSTED",
         "a batch of this job is {bytes} bytes on the wire, the limit is {limit}; lower batch_size or max_length",
+    ),
+    Reason.JOB_TOO_LARGE: Entry(
+        "RESOURCE_EXHAUSTED",
+        "this job needs {bytes} bytes of the server's memory, and all of it is {limit}; "
+        "lower batch_size or max_length, or take a smaller adapter",
+    ),
+    Reason.QUOTA_EXCEEDED: Entry(
+        "RESOURCE_EXHAUSTED",
+        "tenant {tenant} has {limit} unfinished jobs, as many as it may have; wait until one ends, or cancel one",
+    ),
+    Reason.GROUP_BROKEN: Entry(
+        "FAILED_PRECONDITION", "the group {group!r} is broken: its member {job} {status}; create its jobs again"
     ),
     Reason.ILLEGAL_TRANSITION: Entry("FAILED_PRECONDITION", "job {job} is {status} and cannot become {wanted}"),
     Reason.NON_FINITE_LOSS: Entry(

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cola_common.errors import ColaError, Reason
 
+DEFAULT_TENANT = "default"
+"""Whose everything is on a server that knows no other tenants."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -112,11 +115,22 @@ class Method(_Record):
     type: Literal["supervised"] = "supervised"
 
 
+class Collaboration(_Record):
+    """A group of jobs: the forward pass of each sees the base and the mean of all adapters; each fits its own rows."""
+
+    group: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """The first job of that name makes the group, the others join it; it is free again once all of them have ended."""
+    size: int = Field(ge=2, le=1024)
+    """Members; none starts before all are there."""
+
+
 class JobSpec(_Record):
     """Everything a job is, from its user's side."""
 
     model: str
     training_file: str
+    joint_files: tuple[str, ...] = ()
+    """Further files: their rows follow those of the training file, as if all were in one."""
     validation_file: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -126,6 +140,7 @@ class JobSpec(_Record):
     hyperparameters: Hyperparameters = Hyperparameters()
     fold: Literal["unmerged", "merged"] = "unmerged"
     wire: Wire = Wire()
+    collaboration: Collaboration | None = None
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -142,6 +157,13 @@ class JobSpec(_Record):
     def _mergeable(self) -> Self:
         if self.fold == "merged" and self.adapter.type == "mlp":
             raise ColaError(Reason.NOT_MERGEABLE, family=self.adapter.type)
+        return self
+
+    @model_validator(mode="after")
+    def _unmerged_with_others(self) -> Self:
+        if self.fold == "merged" and self.collaboration is not None:
+            problem = "the weights that a group's jobs share hold no one's adapter; use 'unmerged'"
+            raise ColaError(Reason.INVALID_JOB, param="fold", problem=problem)
         return self
 
 
@@ -166,6 +188,7 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
         "hyperparameters": Hyperparameters,
         "wire": Wire,
         "method": Method,
+        "collaboration": Collaboration,
         "lora": LoraAdapter,
         "linear": LinearAdapter,
         "mlp": MlpAdapter,
@@ -230,6 +253,7 @@ class Job(_Record):
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    tenant: str = DEFAULT_TENANT
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -244,6 +268,10 @@ class Job(_Record):
     """Known once the training file is validated."""
     epoch: int = 0
     waiting_for_workers: bool = False
+    group_id: str | None = None
+    """In a collaboration: the id of its first job, which tells groups of one name apart."""
+    queue_place: int | None = None
+    """While it waits for its turn: 1 for the tenant's next."""
 
     @property
     def model(self) -> str:
@@ -319,8 +347,43 @@ class Checkpoint(_Record):
     """SHA-256 over the adapter's weights file, hex."""
 
 
+class Estimate(_Record):
+    """What a job would take, told before it is made.
+
+    Memory is what it may come to, with batches of `batch_size` rows of `max_length` each; what it moves in a step and
+    how long it takes are told from the lengths of its first examples.
+    """
+
+    object: Literal["fine_tuning.job.estimate"] = "fine_tuning.job.estimate"
+    examples: int
+    total_steps: int
+    trainable_parameters: int
+    server_bytes: int
+    """Memory that it needs of the server for itself: one that needs more than is free waits in line."""
+    server_limit_bytes: int
+    """What the server has for all jobs: one that needs more is refused."""
+    adapter_bytes: int
+    """Of these: the server's copy of the adapter, with the weights that it is merged into if it is."""
+    capture_bytes: int
+    """What is on its way to the workers."""
+    pass_bytes: int
+    """What its largest batch takes in the model, in room that all jobs share."""
+    worker_bytes: int
+    """Memory on the worker, or on all of its workers together."""
+    snapshot_bytes: int
+    """On the server's disk, twice: two generations are kept."""
+    sent_bytes: int
+    """To the workers, each step."""
+    received_bytes: int
+    """Back from them."""
+    seconds: float | None
+    """With the server to itself; None where nothing like it has run since the server started."""
+
+
 class ModelCard(_Record):
-    """A base model that this server holds."""
+    """A base model that this server holds. Its seconds are those of the thread that computes for all models, since the
+    server started.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -328,6 +391,11 @@ class ModelCard(_Record):
     dtype: str
     device: str
     parameters: int
+    busy_seconds: float
+    """It computed."""
+    waiting_seconds: float
+    """Jobs were running, and all of them waited for their workers."""
+    jobless_seconds: float
 
 
 class WorkerCard(_Record):

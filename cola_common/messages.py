@@ -63,12 +63,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a worker can carry, measured by itself when it starts."""
+    """What a worker can carry, measured by itself when it starts. The server corrects it by what it sees."""
 
     cores: int
     memory_bytes: int
     device: str
     gflops: float
+    """Of the thin products that make a LoRA's gradient."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ class Hello:
 
 @dataclass(frozen=True)
 class Credit:
-    """The worker has accumulated captures of this batch whose tensors were `bytes` long; that much may follow."""
+    """The worker has accumulated a capture of this batch whose tensors were `bytes` long; that much may follow."""
 
     job: str
     epoch: int
     batch: int
     bytes: int
+    seconds: float
+    """How long the capture was here: the rest of the time since it was sent is the way's, both ways."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import structlog
 
+from cola_common.jobs import DEFAULT_TENANT
 from cola_common.logs import configure
+from cola_common.rpc.auth import CLIENT, OPERATOR, WORKER, Access, Holder
 from cola_common.rpc.malloc import tune
-from cola_server.config import ServerConfig
+from cola_server.config import ServerConfig, Tokens
 from cola_server.fleet import Fleet, FleetLimits
 from cola_server.rpc import Listener, Pending
 from cola_server.training.numerics import Numerics
@@ -40,22 +42,17 @@ async def run(config: ServerConfig) -> None:
             buffer_bytes=config.buffer_bytes,
         )
     )
-    backend = Pending()
-    numerics = Numerics()
     tokens = config.tokens()
-    listener = Listener(
-        fleet,
-        backend,
-        numerics.pulse,
-        client_token=tokens.client if tokens else None,
-        worker_token=tokens.worker if tokens else None,
-        tls_cert=config.tls_cert,
-        tls_key=config.tls_key,
-    )
+    quotas = config.quotas(tokens)
+    access = _access(tokens)
+    backend = Pending(access)
+    numerics = Numerics()
+    listener = Listener(fleet, backend, numerics.pulse, access=access, tls_cert=config.tls_cert, tls_key=config.tls_key)
     address = await listener.start(config.listen)
     log.info("listening", address=address)
     try:
-        core = (await asyncio.to_thread(importlib.import_module, "cola_server.core")).Core(config, fleet, numerics)
+        module = await asyncio.to_thread(importlib.import_module, "cola_server.core")
+        core = module.Core(config, quotas, fleet, numerics)
         try:
             backend.set(await core.start())
             _publish(config.data_dir, address)
@@ -71,6 +68,15 @@ async def run(config: ServerConfig) -> None:
         await listener.stop(0)
         numerics.close()
     log.info("stopped")
+
+
+def _access(tokens: Tokens | None) -> Access:
+    if tokens is None:
+        return Access({})
+    holders = {tokens.worker: Holder(WORKER)}
+    for name, tenant in tokens.clients.items():
+        holders[tenant.token] = Holder(OPERATOR if name == DEFAULT_TENANT else CLIENT, name)
+    return Access(holders)
 
 
 def _publish(data_dir: Path, address: str) -> None:

@@ -26,8 +26,12 @@ def serve(
     task: Annotated[str | None, Flag(help="auto, causal-lm or sequence-classification.")] = None,
     gradient_checkpointing: Annotated[bool | None, Flag(help="Recompute activations in the backward pass.")] = None,
     threads: Annotated[int | None, Flag(help="Threads of the numerics.")] = None,
-    split_jobs: Annotated[int | None, Flag(help="Workers that each job is dealt out to. [default: 1]")] = None,
-    max_running_jobs: Annotated[int | None, Flag(help="Jobs that train at once. [default: 8]")] = None,
+    split_jobs: Annotated[
+        int | None, Flag(help="Workers that each job is dealt out to. [default: the fastest]")
+    ] = None,
+    cohort_tokens: Annotated[int | None, Flag(help="Tokens that share a pass. [default: 512; on CUDA 2048]")] = None,
+    memory_bytes: Annotated[int | None, Flag(help="For training. [default: 80 % of what models leave free]")] = None,
+    max_running_jobs: Annotated[int | None, Flag(help="A tenant's jobs that train at once. [default: 8]")] = None,
     snapshot_steps: Annotated[int | None, Flag(help="Steps between snapshots at most; 0: none. [default: 50]")] = None,
     snapshot_seconds: Annotated[float | None, Flag(help="Work between snapshots at most. [default: 60]")] = None,
     snapshot_ratio: Annotated[float | None, Flag(help="Snapshots' part of a job's bytes. [default: 0.1]")] = None,
@@ -37,7 +41,7 @@ def serve(
     database_url: Annotated[str | None, Flag(help="SQLAlchemy URL. [default: SQLite in the data folder]")] = None,
     tls_cert: Annotated[Path | None, Flag(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, Flag(help="PEM private key.")] = None,
-    token_file: Annotated[Path | None, Flag(help='TOML with client = "…" and worker = "…".')] = None,
+    token_file: Annotated[Path | None, Flag(help="TOML with the tokens of clients and workers.")] = None,
     insecure: Annotated[bool | None, Flag("--insecure", help="Listen off loopback without TLS and tokens.")] = None,
     log_format: Annotated[str | None, Flag(help="text or json.")] = None,
 ) -> None:

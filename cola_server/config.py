@@ -2,9 +2,9 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -14,8 +14,10 @@ from pydantic_settings import (
 )
 
 from cola_common.errors import ColaError, Reason
+from cola_common.jobs import DEFAULT_TENANT
 from cola_common.rpc.addresses import is_loopback
 from cola_common.rpc.limits import CHUNK_BYTES
+from cola_server.tenants import Quota, Quotas
 
 
 class ServerConfig(BaseSettings):
@@ -35,10 +37,20 @@ class ServerConfig(BaseSettings):
     """Recompute activations in the backward pass: less memory, a third more time."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of the numerics; torch's own choice where not given."""
-    split_jobs: int = Field(default=1, ge=1)
-    """Workers that each job's shards are dealt out to."""
+    split_jobs: int | None = Field(default=None, ge=1)
+    """Workers that each job's shards are dealt out to; more only where memory asks for them. As many as make its steps
+    shortest where not given.
+    """
+    cohort_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens that share a pass through the model; a larger batch has a pass of its own. What suits the
+    device where not given.
+    """
+    memory_bytes: int | None = Field(default=None, ge=1 << 20)
+    """For training: passes and what jobs keep, on the model's device. Four fifths of what loaded models leave free
+    where not given.
+    """
     max_running_jobs: int = Field(default=8, ge=1)
-    """Jobs that train at once; the others wait in line."""
+    """Jobs of a tenant that train at once; its others wait in line."""
     snapshot_steps: int = Field(default=50, ge=0)
     """A job's snapshot is due after so many steps; 0 takes none but for planned moves."""
     snapshot_seconds: float = Field(default=60.0, gt=0)
@@ -56,7 +68,7 @@ class ServerConfig(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
-    """TOML with `client = "…"` and `worker = "…"`."""
+    """TOML; see `Tokens`."""
     insecure: bool = False
     """Listen off loopback without TLS and tokens."""
     log_format: Literal["text", "json"] = "text"
@@ -123,14 +135,62 @@ class ServerConfig(BaseSettings):
                 Reason.INVALID_CONFIG, setting="token_file", problem=f"{self.token_file}: {error}"
             ) from None
 
+    def quotas(self, tokens: "Tokens | None") -> Quotas:
+        """What each tenant may have."""
+        clients = tokens.clients if tokens is not None else {}
+        return Quotas(
+            Quota(max_running=self.max_running_jobs),
+            {
+                name: Quota(tenant.max_running or self.max_running_jobs, tenant.max_queued, tenant.weight)
+                for name, tenant in clients.items()
+            },
+        )
+
+
+Token = Annotated[str, StringConstraints(min_length=16)]
+TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,32}$")]
+
+
+class Tenant(BaseModel):
+    """A table `[tenants.NAME]` of the token file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    token: Token
+    weight: float = Field(default=Quota.weight, ge=1e-3, le=1e3)
+    max_running: int | None = Field(default=None, ge=1)
+    """As the server's `max_running_jobs` where not given."""
+    max_queued: int = Field(default=Quota.max_queued, ge=1)
+
 
 class Tokens(BaseModel):
-    """One token for all clients, one for all workers."""
+    """The token file. A token that was taken out of it is good for nothing once the server has started again."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    client: str = Field(min_length=16)
-    worker: str = Field(min_length=16)
+    client: Token | None = None
+    """Of the tenant `default`, the operator: short for a table `[tenants.default]`."""
+    worker: Token
+    tenants: dict[TenantName, Tenant] = {}
+
+    @property
+    def clients(self) -> dict[str, Tenant]:
+        """All tenants by name."""
+        default = {} if self.client is None else {DEFAULT_TENANT: Tenant(token=self.client)}
+        return {**default, **self.tenants}
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.client is not None and DEFAULT_TENANT in self.tenants:
+            raise ValueError(f"give client or [tenants.{DEFAULT_TENANT}], not both")
+        if not self.clients:
+            raise ValueError("give client, or a table [tenants.NAME] with a token")
+        held = [("the worker", self.worker), *((name, tenant.token) for name, tenant in self.clients.items())]
+        owners: dict[str, str] = {}
+        for name, token in held:
+            if (other := owners.setdefault(token, name)) != name:
+                raise ValueError(f"{other} and {name} have the same token")
+        return self
 
 
 def _with_file(cls: type[ServerConfig], file: Path | None) -> type[ServerConfig]:

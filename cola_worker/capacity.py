@@ -8,10 +8,16 @@ from pathlib import Path
 
 import torch
 
+from cola_common.adapters import build
+from cola_common.families import Lora
 from cola_common.messages import Capacity
 
-MEASURE_SECONDS = 0.2  # placement compares workers by it: a few per cent of noise do no harm
-SIZE = 512  # of the matrices: three of them fit into a core's cache, as the products of a shard do
+MEASURE_SECONDS = 0.1  # as long as the period in which a container's share of its cores is dealt out
+MEASURES = 3  # the best counts: a machine is at its busiest when it starts its workers
+# A gradient as a job has it most often: thin products of a batch's rows, which come from memory and not from a cache.
+FAMILY = Lora(r=8, scale=1.0)
+ROWS = 256
+WIDTH = 1024
 
 # Where a container's memory limit is read: cgroup 2, cgroup 1.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -42,10 +48,16 @@ def _read(limits: tuple[Path, ...]) -> Iterator[int]:
 
 
 def _gflops() -> float:
-    a, b = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)
-    torch.mm(a, b)  # the first product pays for threads and code
-    products, start = 0, time.perf_counter()
+    return max(_measured() for _ in range(MEASURES))
+
+
+def _measured() -> float:
+    adapter = build(FAMILY, WIDTH, WIDTH)
+    parameters = {name: torch.ones(shape) for name, shape in adapter.shapes().items()}
+    x_ND, g_NO = torch.ones(ROWS, WIDTH), torch.ones(ROWS, WIDTH)
+    adapter.vjp(parameters, x_ND, g_NO)  # the first one pays for threads and code
+    gradients, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < MEASURE_SECONDS:
-        torch.mm(a, b)
-        products += 1
-    return products * 2 * SIZE**3 / seconds / 1e9
+        adapter.vjp(parameters, x_ND, g_NO)
+        gradients += 1
+    return gradients * adapter.cost(ROWS).vjp_flops / seconds / 1e9

@@ -5,8 +5,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from cola_common.messages import Revoke, ToServer, payload
+from cola_common.messages import Credit, Revoke, ToServer, payload
 from cola_worker.trainer import ToTrainer, Trainer
 
 
@@ -27,7 +28,8 @@ class TrainerThread:
         self._limit = backlog_bytes
         self._backlog = 0
         self._done = asyncio.Event()
-        self._queue: queue.SimpleQueue[ToTrainer | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[ToTrainer, float] | None] = queue.SimpleQueue()
+        """Messages, each with the time at which it came."""
         self._busy_since: float | None = None
         # A daemon: a product that never ends must not keep a process alive that is to end.
         threading.Thread(target=self._run, name="trainer", daemon=True).start()
@@ -42,11 +44,12 @@ class TrainerThread:
         """Queues a message, once no more than `backlog_bytes` of tensors wait before it: a server that sends more than
         it may is slowed down by the transport, and takes no memory here.
         """
+        came = time.monotonic()
         while self._backlog > self._limit:
             self._done.clear()
             await self._done.wait()
         self._backlog += _size(message)
-        self._queue.put(message)
+        self._queue.put((message, came))
 
     async def stop(self, seconds: float) -> bool:
         """Lets the message that is worked on end.
@@ -59,9 +62,9 @@ class TrainerThread:
         waiting = []
         while not self._queue.empty():
             waiting.append(self._queue.get_nowait())
-        for message in waiting:
-            if isinstance(message, Revoke):
-                self._queue.put(message)
+        for item in waiting:
+            if item is not None and isinstance(item[0], Revoke):
+                self._queue.put(item)
         self._queue.put(None)
         await asyncio.wait({self.ended}, timeout=seconds)
         return self.ended.done()
@@ -69,12 +72,15 @@ class TrainerThread:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            while (message := self._queue.get()) is not None:
+            while (item := self._queue.get()) is not None:
+                message, came = item
                 self._busy_since = time.monotonic()
                 answers = self._trainer.handle(message)
                 self._busy_since = None
-                self._loop.call_soon_threadsafe(self._finished, _size(message), answers)
-                del message, answers  # a capture's buffer is not to live until the next message comes
+                there = time.monotonic() - came
+                told = [replace(a, seconds=there) if isinstance(a, Credit) else a for a in answers]
+                self._loop.call_soon_threadsafe(self._finished, _size(message), told)
+                del item, message, answers, told  # a capture's buffer is not to live until the next message comes
         except BaseException as raised:  # noqa: BLE001 - nothing is swallowed: whoever awaits `ended` gets it
             error = raised
         self._loop.call_soon_threadsafe(self._end, error)

@@ -168,10 +168,10 @@ def refuse(message: ToTrainer, error: ColaError) -> list[ToServer]:
 
 
 def _credit(message: ToTrainer) -> list[ToServer]:
-    """A capture's bytes are done with, however it went."""
+    """A capture's bytes are done with, however it went. Since when it was here is not known here."""
     if not isinstance(message, Capture):
         return []
-    return [Credit(message.job, message.epoch, message.batch, sum(t.nbytes for t in message.tensors))]
+    return [Credit(message.job, message.epoch, message.batch, sum(t.nbytes for t in message.tensors), seconds=0.0)]
 
 
 class _Job:

@@ -3,10 +3,10 @@
 import asyncio
 import builtins
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, Required, TypedDict, Unpack, final
 
 from cola_common import ids
 from cola_common.client.checkpoints import AsyncCheckpoints
@@ -21,16 +21,34 @@ from cola_common.client.connection import (
 )
 from cola_common.client.files import AsyncFiles
 from cola_common.client.pages import AsyncPage
-from cola_common.convert import event_from_wire, job_from_wire, metrics_from_wire, spec_to_wire
+from cola_common.convert import estimate_from_wire, event_from_wire, job_from_wire, metrics_from_wire, spec_to_wire
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Job, JobEvent, JobSpec, JobStatus, StepMetrics
-from cola_common.wire import jobs_pb2
+from cola_common.jobs import Estimate, Job, JobEvent, JobSpec, JobStatus, StepMetrics
+from cola_common.wire import jobs_pb2, types_pb2
 from cola_common.wire.jobs_pb2_grpc import JobsStub
 
 OUTAGE_SECONDS = 600.0
 """How long someone who follows a job waits for a server that was there and is gone: time enough to restart it."""
 
 REOPEN_SECONDS = 1.0  # those who follow do not all return in the moment in which a server is back
+
+
+class JobFields(TypedDict, total=False):
+    """What `create` takes; `cola_common.jobs.JobSpec` documents it."""
+
+    model: Required[str]
+    training_file: Required[str]
+    joint_files: Sequence[str] | None
+    validation_file: str | None
+    seed: int | None
+    suffix: str | None
+    metadata: Mapping[str, str] | None
+    method: Mapping[str, Any] | None
+    adapter: Mapping[str, Any] | None
+    hyperparameters: Mapping[str, Any] | None
+    fold: Literal["unmerged", "merged"] | None
+    wire: Mapping[str, Any] | None
+    collaboration: Mapping[str, Any] | None
 
 
 class JobFailedError(Exception):
@@ -51,54 +69,40 @@ class AsyncJobs:
         self._stub = JobsStub(connection.channel)
         self.checkpoints = AsyncCheckpoints(connection)
 
-    async def create(
-        self,
-        *,
-        model: str,
-        training_file: str,
-        validation_file: str | None = None,
-        seed: int | None = None,
-        suffix: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-        method: Mapping[str, Any] | None = None,
-        adapter: Mapping[str, Any] | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
-        fold: Literal["unmerged", "merged"] | None = None,
-        wire: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-    ) -> Job:
-        """Submits a job; `cola_common.jobs.JobSpec` has the fields, and None is its default.
+    async def create(self, *, idempotency_key: str | None = None, **fields: Unpack[JobFields]) -> Job:
+        """Submits a job; `cola_common.jobs.JobSpec` documents the fields, and None is a field's default.
 
         `adapter["init_from"]` is a checkpoint's id, the id of an uploaded adapter, or the folder of an adapter on this
         machine, which is uploaded first. The same `idempotency_key` finds the same job, even from another process.
 
         Raises: `ColaError`, such as INVALID_JOB with the wrong field, UNKNOWN_MODEL, UNKNOWN_TARGET and RANK_TOO_LARGE.
         """
-        given = {
-            "model": model,
-            "training_file": training_file,
-            "validation_file": validation_file,
-            "seed": seed,
-            "suffix": suffix,
-            "metadata": metadata,
-            "method": method,
-            "adapter": adapter,
-            "hyperparameters": hyperparameters,
-            "fold": fold,
-            "wire": wire,
-        }
-        fields = {name: value for name, value in given.items() if value is not None}
-        folder = _adapter_folder(adapter)
-        if adapter is not None and folder is not None:
-            fields["adapter"] = {**adapter, "init_from": str(folder)}
-            JobSpec.parse(fields)  # a wrong field is told before anything is uploaded
-            file = await self._files.create(
-                file=folder, purpose="adapter", idempotency_key=part_key(idempotency_key, "adapter.init_from")
-            )
-            fields["adapter"] = {**adapter, "init_from": file.id}
-        spec = spec_to_wire(JobSpec.parse(fields))
+        spec, _ = await self._spec(fields, idempotency_key)
         request = jobs_pb2.CreateJobRequest(spec=spec, idempotency_key=idempotency_key or new_key())
         return job_from_wire(await self._connection.call(self._stub.Create, request))
+
+    async def estimate(self, **fields: Unpack[JobFields]) -> Estimate:
+        """What such a job would take, in memory, bytes and time. Nothing is made; fields and errors as `create`'s."""
+        spec, uploaded = await self._spec(fields, None)
+        try:
+            request = jobs_pb2.EstimateJobRequest(spec=spec)
+            return estimate_from_wire(await self._connection.call(self._stub.Estimate, request))
+        finally:
+            if uploaded is not None:
+                await self._files.delete(uploaded)
+
+    async def _spec(self, fields: JobFields, idempotency_key: str | None) -> tuple[types_pb2.JobSpec, str | None]:
+        """A spec as the wire has it, and the id of the adapter that was uploaded for it, if one was."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        adapter, uploaded = fields.get("adapter"), None
+        folder = _adapter_folder(adapter)
+        if adapter is not None and folder is not None:
+            given["adapter"] = {**adapter, "init_from": str(folder)}
+            JobSpec.parse(given)  # a wrong field is told before anything is uploaded
+            key = part_key(idempotency_key, "adapter.init_from")
+            file = await self._files.create(file=folder, purpose="adapter", idempotency_key=key)
+            given["adapter"], uploaded = {**adapter, "init_from": file.id}, file.id
+        return spec_to_wire(JobSpec.parse(given)), uploaded
 
     async def retrieve(self, job_id: str) -> Job:
         """A job as it stands. Raises: `ColaError(UNKNOWN_JOB)`."""

@@ -2,20 +2,20 @@
 
 import builtins
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, final
+from typing import Self, TypeVar, Unpack, final
 
 from cola_common.client.aio import AsyncClient, AsyncFineTuning
 from cola_common.client.background import BackgroundLoop
 from cola_common.client.catalogue import AsyncModels, AsyncWorkers
 from cola_common.client.checkpoints import AsyncCheckpoints
 from cola_common.client.files import AsyncFiles, Purpose
-from cola_common.client.jobs import AsyncJobs
+from cola_common.client.jobs import AsyncJobs, JobFields
 from cola_common.client.pages import AsyncPage, Page
 from cola_common.client.uploads import FileSource
-from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, ModelCard, StepMetrics, WorkerCard
+from cola_common.jobs import Checkpoint, Estimate, FileObject, Job, JobEvent, ModelCard, StepMetrics, WorkerCard
 
 T = TypeVar("T")
 
@@ -86,39 +86,13 @@ class Jobs:
         self._loop, self._twin = loop, twin
         self.checkpoints = Checkpoints(loop, twin.checkpoints)
 
-    def create(
-        self,
-        *,
-        model: str,
-        training_file: str,
-        validation_file: str | None = None,
-        seed: int | None = None,
-        suffix: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-        method: Mapping[str, Any] | None = None,
-        adapter: Mapping[str, Any] | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
-        fold: Literal["unmerged", "merged"] | None = None,
-        wire: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-    ) -> Job:
+    def create(self, *, idempotency_key: str | None = None, **fields: Unpack[JobFields]) -> Job:
         """As `AsyncJobs.create`."""
-        return self._loop.run(
-            self._twin.create(
-                model=model,
-                training_file=training_file,
-                validation_file=validation_file,
-                seed=seed,
-                suffix=suffix,
-                metadata=metadata,
-                method=method,
-                adapter=adapter,
-                hyperparameters=hyperparameters,
-                fold=fold,
-                wire=wire,
-                idempotency_key=idempotency_key,
-            )
-        )
+        return self._loop.run(self._twin.create(idempotency_key=idempotency_key, **fields))
+
+    def estimate(self, **fields: Unpack[JobFields]) -> Estimate:
+        """As `AsyncJobs.estimate`."""
+        return self._loop.run(self._twin.estimate(**fields))
 
     def retrieve(self, job_id: str) -> Job:
         """As `AsyncJobs.retrieve`."""

@@ -8,10 +8,19 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from cola_common.client.quantities import bytes_text, count_text, day_text, seconds_text, time_text
+from cola_common.client.quantities import (
+    bytes_text,
+    count_text,
+    day_text,
+    duration_text,
+    seconds_text,
+    time_text,
+)
 from cola_common.jobs import (
+    DEFAULT_TENANT,
     AdapterSpec,
     Checkpoint,
+    Estimate,
     FileObject,
     Job,
     JobEvent,
@@ -74,6 +83,8 @@ def details(fields: Iterable[tuple[str, str | Text]]) -> Table:
 def status_text(job: Job) -> Text:
     """A job's status in its colour, with what it waits for."""
     text = Text(job.status.value, STATUS_STYLES[job.status])
+    if job.queue_place is not None:
+        text.append(f", {'next' if job.queue_place == 1 else f'place {job.queue_place}'} in line")
     return text.append(", waits for workers", "yellow") if job.waiting_for_workers else text
 
 
@@ -101,20 +112,23 @@ def targets_text(adapter: AdapterSpec) -> str:
 
 def job_details(job: Job) -> Table:
     """All that a user asks of one job."""
-    spec, h = job.spec, job.spec.hyperparameters
+    spec, h, group = job.spec, job.spec.hyperparameters, job.spec.collaboration
     length = _counted(h.max_steps, "step") if h.max_steps is not None else _counted(h.n_epochs, "epoch")
     batches = f"batches of {h.batch_size} × {h.max_length} tokens"
     interval = f", a step every {h.adaptation_interval} batches" if h.adaptation_interval > 1 else ""
     return details(
         [
             ("id", job.id),
+            ("tenant", "" if job.tenant == DEFAULT_TENANT else job.tenant),
             ("status", status_text(job)),
+            ("group", "" if group is None else f"{group.group}, {_counted(group.size, 'job')}, {job.group_id}"),
             ("error", Text("" if job.error is None else f"{job.error.code}: {job.error.message}", "red")),
             ("steps", steps_text(job)),
             ("trained tokens", f"{job.trained_tokens:,}" if job.trained_tokens else ""),
             ("model", job.model),
             ("fine-tuned model", job.fine_tuned_model or ""),
             ("training file", spec.training_file),
+            ("with it", "  ".join(spec.joint_files)),
             ("validation file", spec.validation_file or ""),
             ("adapter", f"{adapter_text(spec.adapter)} on {targets_text(spec.adapter)}, {spec.fold}"),
             ("continues from", spec.adapter.init_from or ""),
@@ -188,6 +202,9 @@ MODELS: Sequence[Column[ModelCard]] = (
     Column("parameters", lambda model: count_text(model.parameters), "right"),
     Column("dtype", lambda model: model.dtype),
     Column("device", lambda model: model.device),
+    Column("busy", lambda model: _share(model, model.busy_seconds), "right"),
+    Column("waits", lambda model: _share(model, model.waiting_seconds), "right"),
+    Column("no jobs", lambda model: _share(model, model.jobless_seconds), "right"),
 )
 
 WORKERS: Sequence[Column[WorkerCard]] = (
@@ -214,6 +231,33 @@ def file_details(file: FileObject) -> Table:
             ("created", time_text(file.created_at)),
         ]
     )
+
+
+def estimate_details(estimate: Estimate) -> Table:
+    """What a job would take."""
+    fits = estimate.server_bytes <= estimate.server_limit_bytes
+    parts = f"{bytes_text(estimate.adapter_bytes)} adapter, {bytes_text(estimate.capture_bytes)} of captures"
+    limit = f"{'of' if fits else 'more than the'} {bytes_text(estimate.server_limit_bytes)} for all jobs"
+    moved = f"{bytes_text(estimate.sent_bytes)} to the workers and {bytes_text(estimate.received_bytes)} back"
+    time = "unknown yet" if estimate.seconds is None else f"{duration_text(estimate.seconds)} with the server to itself"
+    return details(
+        [
+            ("trains", f"{count_text(estimate.trainable_parameters)} parameters on {estimate.examples} examples"),
+            ("steps", str(estimate.total_steps)),
+            ("time", time),
+            ("memory on the server", Text(f"{bytes_text(estimate.server_bytes)} {limit}", "" if fits else "red")),
+            ("", f"{parts}; {bytes_text(estimate.pass_bytes)} in the model, which is shared"),
+            ("memory on workers", bytes_text(estimate.worker_bytes)),
+            ("each step", moved),
+            ("snapshots", f"{bytes_text(estimate.snapshot_bytes)} each, of which two are kept"),
+        ]
+    )
+
+
+def _share(model: ModelCard, seconds: float) -> str:
+    """Of the model thread's time."""
+    total = model.busy_seconds + model.waiting_seconds + model.jobless_seconds
+    return f"{seconds / total:.0%}" if total else ""
 
 
 def _counted(number: int, noun: str) -> str:

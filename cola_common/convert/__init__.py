@@ -3,6 +3,8 @@
 from cola_common.convert.records import (
     checkpoint_from_wire,
     checkpoint_to_wire,
+    estimate_from_wire,
+    estimate_to_wire,
     event_from_wire,
     event_to_wire,
     file_from_wire,
@@ -28,6 +30,8 @@ from cola_common.convert.stream import (
 __all__ = [
     "checkpoint_from_wire",
     "checkpoint_to_wire",
+    "estimate_from_wire",
+    "estimate_to_wire",
     "event_from_wire",
     "event_to_wire",
     "file_from_wire",

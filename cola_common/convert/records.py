@@ -94,6 +94,16 @@ def job_from_wire(job: types_pb2.Job) -> jobs.Job:
     return _record(jobs.Job, {**_fields(job), "spec": spec_from_wire(job.spec)})
 
 
+def estimate_to_wire(estimate: jobs.Estimate) -> types_pb2.Estimate:
+    """What a job would take."""
+    return types_pb2.Estimate(**_dump(estimate))
+
+
+def estimate_from_wire(estimate: types_pb2.Estimate) -> jobs.Estimate:
+    """What a job would take. Raises: `ColaError(PROTOCOL_VIOLATION)` for a wrong field."""
+    return _record(jobs.Estimate, {"seconds": None, **_fields(estimate)})
+
+
 def event_to_wire(event: jobs.JobEvent) -> types_pb2.JobEvent:
     """One line of a job's log."""
     data = {

@@ -149,16 +149,18 @@ class Hello(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., worker: _Optional[str] = ..., boot: _Optional[int] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., codecs: _Optional[_Iterable[str]] = ..., owned: _Optional[_Iterable[_Union[OwnedShard, _Mapping]]] = ...) -> None: ...
 
 class Credit(_message.Message):
-    __slots__ = ("job", "epoch", "batch", "bytes")
+    __slots__ = ("job", "epoch", "batch", "bytes", "seconds")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     batch: int
     bytes: int
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., batch: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    seconds: float
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., batch: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Square(_message.Message):
     __slots__ = ("index", "square")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cola_common.wire import types_pb2 as cola__common_dot_wire_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ola_common/wire/jobs.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"K\n\x10\x43reateJobRequest\x12\x1e\n\x04spec\x18\x01 \x01(\x0b\x32\x10.cola.v1.JobSpec\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\" \n\x12RetrieveJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\">\n\x0fListJobsRequest\x12\x12\n\x05\x61\x66ter\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x02 \x01(\rB\x08\n\x06_after\"@\n\x10ListJobsResponse\x12\x1a\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x0c.cola.v1.Job\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1d\n\x0fPauseJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1e\n\x10ResumeJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"A\n\x14ListJobEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\r\n\x05limit\x18\x03 \x01(\r\"J\n\x15ListJobEventsResponse\x12\x1f\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x11.cola.v1.JobEvent\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"4\n\x16StreamJobEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"4\n\x11JobMetricsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\x32\x96\x04\n\x04Jobs\x12\x31\n\x06\x43reate\x12\x19.cola.v1.CreateJobRequest\x1a\x0c.cola.v1.Job\x12\x35\n\x08Retrieve\x12\x1b.cola.v1.RetrieveJobRequest\x1a\x0c.cola.v1.Job\x12;\n\x04List\x12\x18.cola.v1.ListJobsRequest\x1a\x19.cola.v1.ListJobsResponse\x12\x31\n\x06\x43\x61ncel\x12\x19.cola.v1.CancelJobRequest\x1a\x0c.cola.v1.Job\x12/\n\x05Pause\x12\x18.cola.v1.PauseJobRequest\x1a\x0c.cola.v1.Job\x12\x31\n\x06Resume\x12\x19.cola.v1.ResumeJobRequest\x1a\x0c.cola.v1.Job\x12K\n\nListEvents\x12\x1d.cola.v1.ListJobEventsRequest\x1a\x1e.cola.v1.ListJobEventsResponse\x12\x44\n\x0cStreamEvents\x12\x1f.cola.v1.StreamJobEventsRequest\x1a\x11.cola.v1.JobEvent0\x01\x12=\n\x07Metrics\x12\x1a.cola.v1.JobMetricsRequest\x1a\x14.cola.v1.StepMetrics0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ola_common/wire/jobs.proto\x12\x07\x63ola.v1\x1a\x1c\x63ola_common/wire/types.proto\"K\n\x10\x43reateJobRequest\x12\x1e\n\x04spec\x18\x01 \x01(\x0b\x32\x10.cola.v1.JobSpec\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"4\n\x12\x45stimateJobRequest\x12\x1e\n\x04spec\x18\x01 \x01(\x0b\x32\x10.cola.v1.JobSpec\" \n\x12RetrieveJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\">\n\x0fListJobsRequest\x12\x12\n\x05\x61\x66ter\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x02 \x01(\rB\x08\n\x06_after\"@\n\x10ListJobsResponse\x12\x1a\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x0c.cola.v1.Job\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1d\n\x0fPauseJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1e\n\x10ResumeJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"A\n\x14ListJobEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\r\n\x05limit\x18\x03 \x01(\r\"J\n\x15ListJobEventsResponse\x12\x1f\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x11.cola.v1.JobEvent\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"4\n\x16StreamJobEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"4\n\x11JobMetricsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\x32\xd2\x04\n\x04Jobs\x12\x31\n\x06\x43reate\x12\x19.cola.v1.CreateJobRequest\x1a\x0c.cola.v1.Job\x12:\n\x08\x45stimate\x12\x1b.cola.v1.EstimateJobRequest\x1a\x11.cola.v1.Estimate\x12\x35\n\x08Retrieve\x12\x1b.cola.v1.RetrieveJobRequest\x1a\x0c.cola.v1.Job\x12;\n\x04List\x12\x18.cola.v1.ListJobsRequest\x1a\x19.cola.v1.ListJobsResponse\x12\x31\n\x06\x43\x61ncel\x12\x19.cola.v1.CancelJobRequest\x1a\x0c.cola.v1.Job\x12/\n\x05Pause\x12\x18.cola.v1.PauseJobRequest\x1a\x0c.cola.v1.Job\x12\x31\n\x06Resume\x12\x19.cola.v1.ResumeJobRequest\x1a\x0c.cola.v1.Job\x12K\n\nListEvents\x12\x1d.cola.v1.ListJobEventsRequest\x1a\x1e.cola.v1.ListJobEventsResponse\x12\x44\n\x0cStreamEvents\x12\x1f.cola.v1.StreamJobEventsRequest\x1a\x11.cola.v1.JobEvent0\x01\x12=\n\x07Metrics\x12\x1a.cola.v1.JobMetricsRequest\x1a\x14.cola.v1.StepMetrics0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEJOBREQUEST']._serialized_start=70
   _globals['_CREATEJOBREQUEST']._serialized_end=145
-  _globals['_RETRIEVEJOBREQUEST']._serialized_start=147
-  _globals['_RETRIEVEJOBREQUEST']._serialized_end=179
-  _globals['_LISTJOBSREQUEST']._serialized_start=181
-  _globals['_LISTJOBSREQUEST']._serialized_end=243
-  _globals['_LISTJOBSRESPONSE']._serialized_start=245
-  _globals['_LISTJOBSRESPONSE']._serialized_end=309
-  _globals['_CANCELJOBREQUEST']._serialized_start=311
-  _globals['_CANCELJOBREQUEST']._serialized_end=341
-  _globals['_PAUSEJOBREQUEST']._serialized_start=343
-  _globals['_PAUSEJOBREQUEST']._serialized_end=372
-  _globals['_RESUMEJOBREQUEST']._serialized_start=374
-  _globals['_RESUMEJOBREQUEST']._serialized_end=404
-  _globals['_LISTJOBEVENTSREQUEST']._serialized_start=406
-  _globals['_LISTJOBEVENTSREQUEST']._serialized_end=471
-  _globals['_LISTJOBEVENTSRESPONSE']._serialized_start=473
-  _globals['_LISTJOBEVENTSRESPONSE']._serialized_end=547
-  _globals['_STREAMJOBEVENTSREQUEST']._serialized_start=549
-  _globals['_STREAMJOBEVENTSREQUEST']._serialized_end=601
-  _globals['_JOBMETRICSREQUEST']._serialized_start=603
-  _globals['_JOBMETRICSREQUEST']._serialized_end=655
-  _globals['_JOBS']._serialized_start=658
-  _globals['_JOBS']._serialized_end=1192
+  _globals['_ESTIMATEJOBREQUEST']._serialized_start=147
+  _globals['_ESTIMATEJOBREQUEST']._serialized_end=199
+  _globals['_RETRIEVEJOBREQUEST']._serialized_start=201
+  _globals['_RETRIEVEJOBREQUEST']._serialized_end=233
+  _globals['_LISTJOBSREQUEST']._serialized_start=235
+  _globals['_LISTJOBSREQUEST']._serialized_end=297
+  _globals['_LISTJOBSRESPONSE']._serialized_start=299
+  _globals['_LISTJOBSRESPONSE']._serialized_end=363
+  _globals['_CANCELJOBREQUEST']._serialized_start=365
+  _globals['_CANCELJOBREQUEST']._serialized_end=395
+  _globals['_PAUSEJOBREQUEST']._serialized_start=397
+  _globals['_PAUSEJOBREQUEST']._serialized_end=426
+  _globals['_RESUMEJOBREQUEST']._serialized_start=428
+  _globals['_RESUMEJOBREQUEST']._serialized_end=458
+  _globals['_LISTJOBEVENTSREQUEST']._serialized_start=460
+  _globals['_LISTJOBEVENTSREQUEST']._serialized_end=525
+  _globals['_LISTJOBEVENTSRESPONSE']._serialized_start=527
+  _globals['_LISTJOBEVENTSRESPONSE']._serialized_end=601
+  _globals['_STREAMJOBEVENTSREQUEST']._serialized_start=603
+  _globals['_STREAMJOBEVENTSREQUEST']._serialized_end=655
+  _globals['_JOBMETRICSREQUEST']._serialized_start=657
+  _globals['_JOBMETRICSREQUEST']._serialized_end=709
+  _globals['_JOBS']._serialized_start=712
+  _globals['_JOBS']._serialized_end=1306
 # @@protoc_insertion_point(module_scope)

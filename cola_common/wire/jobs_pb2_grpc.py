@@ -40,6 +40,11 @@ class JobsStub:
                 request_serializer=cola__common_dot_wire_dot_jobs__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=cola__common_dot_wire_dot_types__pb2.Job.FromString,
                 _registered_method=True)
+        self.Estimate = channel.unary_unary(
+                '/cola.v1.Jobs/Estimate',
+                request_serializer=cola__common_dot_wire_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=cola__common_dot_wire_dot_types__pb2.Estimate.FromString,
+                _registered_method=True)
         self.Retrieve = channel.unary_unary(
                 '/cola.v1.Jobs/Retrieve',
                 request_serializer=cola__common_dot_wire_dot_jobs__pb2.RetrieveJobRequest.SerializeToString,
@@ -87,6 +92,13 @@ class JobsServicer:
 
     def Create(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Estimate(self, request, context):
+        """What a job of that spec would take. Makes nothing.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -148,6 +160,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.Create,
                     request_deserializer=cola__common_dot_wire_dot_jobs__pb2.CreateJobRequest.FromString,
                     response_serializer=cola__common_dot_wire_dot_types__pb2.Job.SerializeToString,
+            ),
+            'Estimate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Estimate,
+                    request_deserializer=cola__common_dot_wire_dot_jobs__pb2.EstimateJobRequest.FromString,
+                    response_serializer=cola__common_dot_wire_dot_types__pb2.Estimate.SerializeToString,
             ),
             'Retrieve': grpc.unary_unary_rpc_method_handler(
                     servicer.Retrieve,
@@ -217,6 +234,33 @@ class Jobs:
             '/cola.v1.Jobs/Create',
             cola__common_dot_wire_dot_jobs__pb2.CreateJobRequest.SerializeToString,
             cola__common_dot_wire_dot_types__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Estimate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/Estimate',
+            cola__common_dot_wire_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
+            cola__common_dot_wire_dot_types__pb2.Estimate.FromString,
             options,
             channel_credentials,
             insecure,

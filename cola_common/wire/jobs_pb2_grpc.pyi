@@ -33,6 +33,8 @@ class JobsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobsAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _types_pb2.Job]
+    Estimate: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _types_pb2.Estimate]
+    """What a job of that spec would take. Makes nothing."""
     Retrieve: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RetrieveJobRequest, _types_pb2.Job]
     List: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     Cancel: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _types_pb2.Job]
@@ -48,6 +50,8 @@ class JobsStub:
 class JobsAsyncStub(JobsStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _types_pb2.Job]  # type: ignore[assignment]
+    Estimate: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _types_pb2.Estimate]  # type: ignore[assignment]
+    """What a job of that spec would take. Makes nothing."""
     Retrieve: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RetrieveJobRequest, _types_pb2.Job]  # type: ignore[assignment]
     List: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     Cancel: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _types_pb2.Job]  # type: ignore[assignment]
@@ -66,6 +70,14 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.Job, _abc.Awaitable[_types_pb2.Job]]: ...
+
+    @_abc_1.abstractmethod
+    def Estimate(
+        self,
+        request: _jobs_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Estimate, _abc.Awaitable[_types_pb2.Estimate]]:
+        """What a job of that spec would take. Makes nothing."""
 
     @_abc_1.abstractmethod
     def Retrieve(

@@ -90,8 +90,16 @@ class Method(_message.Message):
     type: str
     def __init__(self, type: _Optional[str] = ...) -> None: ...
 
+class Collaboration(_message.Message):
+    __slots__ = ("group", "size")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    size: int
+    def __init__(self, group: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
 class JobSpec(_message.Message):
-    __slots__ = ("model", "training_file", "validation_file", "seed", "suffix", "metadata", "method", "adapter", "hyperparameters", "fold", "wire")
+    __slots__ = ("model", "training_file", "validation_file", "seed", "suffix", "metadata", "method", "adapter", "hyperparameters", "fold", "wire", "joint_files", "collaboration")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +118,8 @@ class JobSpec(_message.Message):
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     FOLD_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    JOINT_FILES_FIELD_NUMBER: _ClassVar[int]
+    COLLABORATION_FIELD_NUMBER: _ClassVar[int]
     model: str
     training_file: str
     validation_file: str
@@ -121,7 +131,9 @@ class JobSpec(_message.Message):
     hyperparameters: Hyperparameters
     fold: str
     wire: Wire
-    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., validation_file: _Optional[str] = ..., seed: _Optional[int] = ..., suffix: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., adapter: _Optional[_Union[AdapterSpec, _Mapping]] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., fold: _Optional[str] = ..., wire: _Optional[_Union[Wire, _Mapping]] = ...) -> None: ...
+    joint_files: _containers.RepeatedScalarFieldContainer[str]
+    collaboration: Collaboration
+    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., validation_file: _Optional[str] = ..., seed: _Optional[int] = ..., suffix: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., adapter: _Optional[_Union[AdapterSpec, _Mapping]] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., fold: _Optional[str] = ..., wire: _Optional[_Union[Wire, _Mapping]] = ..., joint_files: _Optional[_Iterable[str]] = ..., collaboration: _Optional[_Union[Collaboration, _Mapping]] = ...) -> None: ...
 
 class JobFailure(_message.Message):
     __slots__ = ("code", "message", "param")
@@ -134,7 +146,7 @@ class JobFailure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "created_at", "started_at", "finished_at", "estimated_finish", "status", "spec", "error", "fine_tuned_model", "trained_tokens", "step", "total_steps", "epoch", "waiting_for_workers")
+    __slots__ = ("id", "created_at", "started_at", "finished_at", "estimated_finish", "status", "spec", "error", "fine_tuned_model", "trained_tokens", "step", "total_steps", "epoch", "waiting_for_workers", "tenant", "queue_place", "group_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +161,9 @@ class Job(_message.Message):
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_PLACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     created_at: float
     started_at: float
@@ -163,7 +178,10 @@ class Job(_message.Message):
     total_steps: int
     epoch: int
     waiting_for_workers: bool
-    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., estimated_finish: _Optional[float] = ..., status: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., error: _Optional[_Union[JobFailure, _Mapping]] = ..., fine_tuned_model: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., epoch: _Optional[int] = ..., waiting_for_workers: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    queue_place: int
+    group_id: str
+    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., estimated_finish: _Optional[float] = ..., status: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., error: _Optional[_Union[JobFailure, _Mapping]] = ..., fine_tuned_model: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., epoch: _Optional[int] = ..., waiting_for_workers: _Optional[bool] = ..., tenant: _Optional[str] = ..., queue_place: _Optional[int] = ..., group_id: _Optional[str] = ...) -> None: ...
 
 class EventDatum(_message.Message):
     __slots__ = ("number", "text")
@@ -275,19 +293,55 @@ class Checkpoint(_message.Message):
     digest: str
     def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., step_number: _Optional[int] = ..., created_at: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., digest: _Optional[str] = ...) -> None: ...
 
+class Estimate(_message.Message):
+    __slots__ = ("examples", "total_steps", "trainable_parameters", "server_bytes", "server_limit_bytes", "adapter_bytes", "capture_bytes", "pass_bytes", "worker_bytes", "snapshot_bytes", "sent_bytes", "received_bytes", "seconds")
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVER_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PASS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    total_steps: int
+    trainable_parameters: int
+    server_bytes: int
+    server_limit_bytes: int
+    adapter_bytes: int
+    capture_bytes: int
+    pass_bytes: int
+    worker_bytes: int
+    snapshot_bytes: int
+    sent_bytes: int
+    received_bytes: int
+    seconds: float
+    def __init__(self, examples: _Optional[int] = ..., total_steps: _Optional[int] = ..., trainable_parameters: _Optional[int] = ..., server_bytes: _Optional[int] = ..., server_limit_bytes: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., capture_bytes: _Optional[int] = ..., pass_bytes: _Optional[int] = ..., worker_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class ModelCard(_message.Message):
-    __slots__ = ("id", "task", "dtype", "device", "parameters")
+    __slots__ = ("id", "task", "dtype", "device", "parameters", "busy_seconds", "waiting_seconds", "jobless_seconds")
     ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    JOBLESS_SECONDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     task: str
     dtype: str
     device: str
     parameters: int
-    def __init__(self, id: _Optional[str] = ..., task: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ...) -> None: ...
+    busy_seconds: float
+    waiting_seconds: float
+    jobless_seconds: float
+    def __init__(self, id: _Optional[str] = ..., task: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., waiting_seconds: _Optional[float] = ..., jobless_seconds: _Optional[float] = ...) -> None: ...
 
 class WorkerCard(_message.Message):
     __slots__ = ("id", "status", "cores", "memory_bytes", "device", "gflops", "shards", "last_seen")

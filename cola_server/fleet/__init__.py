@@ -2,7 +2,7 @@
 
 from cola_server.fleet.exchange import Exchange, WorkerBlamed, WorkerLost, WorkerSlow
 from cola_server.fleet.outbox import Outbox, OutboxClosed
-from cola_server.fleet.placement import Candidate, ShardLoad, effort, place
+from cola_server.fleet.placement import Candidate, Load, ShardLoad, carried, place
 from cola_server.fleet.registry import Attendance, Fleet, FleetLimits
 
 __all__ = [
@@ -11,12 +11,13 @@ __all__ = [
     "Exchange",
     "Fleet",
     "FleetLimits",
+    "Load",
     "Outbox",
     "OutboxClosed",
     "ShardLoad",
     "WorkerBlamed",
     "WorkerLost",
     "WorkerSlow",
-    "effort",
+    "carried",
     "place",
 ]

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from cola_common.messages import Capture, ToWorker
+from cola_server.fleet.pace import Way
 
 
 class OutboxClosed(Exception):
@@ -20,6 +21,7 @@ class Outbox:
     """One worker's queue. Belongs to the event loop."""
 
     def __init__(self, *, window_bytes: int, buffer_bytes: int) -> None:
+        self.way = Way()
         self._loop = asyncio.get_running_loop()
         self._window = window_bytes
         self._buffer = buffer_bytes
@@ -50,8 +52,11 @@ class Outbox:
         self._reserved -= nbytes
         self._wake()
 
-    def credit(self, nbytes: int) -> None:
-        """The worker has accumulated `nbytes` of captures; a peer that credits more than it got is held at zero."""
+    def credit(self, nbytes: int, there: float) -> None:
+        """The worker has accumulated `nbytes` of captures, which were `there` seconds with it; a peer that credits more
+        than it got is held at zero.
+        """
+        self.way.credited(nbytes, there, self._loop.time())
         nbytes = min(nbytes, self._in_flight)
         self._in_flight -= nbytes
         self.release(nbytes)
@@ -69,7 +74,10 @@ class Outbox:
         except OutboxClosed:
             return None
         message = self._queue.popleft()
-        self._in_flight += capture_bytes(message)
+        size = capture_bytes(message)
+        if size:
+            self._in_flight += size
+            self.way.sent(size, self._loop.time())
         return message
 
     def drop_captures(self, job: str, epoch: int) -> None:

@@ -5,6 +5,7 @@ receives to `Fleet.accept`, and watches `Attendance.ended`.
 """
 
 import asyncio
+import statistics
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,16 @@ from cola_common.messages import (
 from cola_common.rpc.limits import CHUNK_BYTES
 from cola_server.fleet.exchange import Exchange, WorkerLost
 from cola_server.fleet.outbox import Outbox
-from cola_server.fleet.placement import Candidate
+from cola_server.fleet.pace import ENOUGH, FASTEST, Pace
+from cola_server.fleet.placement import Candidate, Load
 from cola_server.fleet.progress import Progress
 
 OPTIMIZER_COPIES = 2  # Adam's two moments
 log = structlog.get_logger(__name__)
 
+LEAST_SPEED = 1e9  # FLOP/s; no core is slower, and a worker that says so was disturbed when it measured
+CLAIM = 3.0  # times that steps may be slower than claimed before that is a worker's own fault
+SLOWED = 1.5  # times faster or slower than before: jobs look again at where they are
 DELTA_SLACK_BYTES = 1 << 20  # a delta of a job that is over may still arrive; up to this much of it is read and refused
 
 
@@ -59,16 +64,17 @@ class FleetLimits:
 class Attendance:
     """One worker's connected life."""
 
-    def __init__(self, hello: Hello, limits: FleetLimits, progress: Progress) -> None:
+    def __init__(self, hello: Hello, limits: FleetLimits, progress: Progress, pace: Pace) -> None:
         self.worker = hello.worker
         self.boot = hello.boot
         self.hello = hello
         self.session = ids.new("sess")
         self.outbox = Outbox(window_bytes=limits.window_bytes, buffer_bytes=limits.buffer_bytes)
         self.exchanges: dict[str, Exchange] = {}
-        self.load: dict[str, int] = {}  # parameter bytes it owns, by job
+        self.load: dict[str, Load] = {}  # what each job asks of it
         self.owned = {(o.job, o.site): (o.step, o.digest) for o in hello.owned}  # what lies on its disk
         self.progress = progress
+        self.pace = pace
         self.last_seen = time.time()
         self.draining = False  # it gets no more jobs
         self.leaving = False  # it has said so, and waits for a Goodbye
@@ -89,6 +95,7 @@ class Fleet:
         self._gone: dict[str, WorkerCard] = {}
         self._quarantined: dict[str, str] = {}
         self._progress: dict[str, Progress] = {}
+        self._paces: dict[str, Pace] = {}
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing = False
 
@@ -119,7 +126,10 @@ class Fleet:
         if progress is None or progress.boot != hello.boot:
             progress = self._progress[hello.worker] = Progress(hello.boot)
         progress.begin()
-        attendance = Attendance(hello, self.limits, progress)
+        pace = self._paces.get(hello.worker)
+        if pace is None or pace.boot != hello.boot:
+            pace = self._paces[hello.worker] = Pace(hello.boot)
+        attendance = Attendance(hello, self.limits, progress, pace)
         self._present[hello.worker] = attendance
         self._gone.pop(hello.worker, None)
         log.info("worker attends", worker=hello.worker, session=attendance.session, owned=len(hello.owned))
@@ -185,7 +195,7 @@ class Fleet:
             if problem is not None:
                 raise ColaError(Reason.WORKER_LOST, worker=attendance.worker, problem=problem)
         elif isinstance(message, Credit):
-            attendance.outbox.credit(message.bytes)
+            attendance.outbox.credit(message.bytes, message.seconds)
         elif isinstance(message, Draining):
             attendance.leaving = True
             self._empty(attendance)
@@ -202,7 +212,7 @@ class Fleet:
         Raises: `ColaError(PROTOCOL_VIOLATION)`.
         """
         copies = OPTIMIZER_COPIES if isinstance(message, Snapshot) else 1
-        limit = copies * max(attendance.load.values(), default=0) + DELTA_SLACK_BYTES
+        limit = copies * max((o.parameter_bytes for o in attendance.load.values()), default=0) + DELTA_SLACK_BYTES
         declared = sum(t.nbytes for t in payload(message))
         if declared > limit:
             problem = f"{type(message).__name__} of {declared} bytes, at most {limit} can be right"
@@ -241,12 +251,16 @@ class Fleet:
         does not count as their load.
         """
         wanted = {(job, site): (step, digest) for site, (_, digest) in (state or {}).items()}
+        now = asyncio.get_running_loop().time()
+        trust = self._trust()
         return [
             Candidate(
                 worker=a.worker,
                 memory_bytes=a.hello.capacity.memory_bytes,
-                gflops=a.hello.capacity.gflops,
-                load=sum(nbytes for other, nbytes in a.load.items() if other != job),
+                speed=a.pace.speed.value(now) or trust * _claimed(a),
+                rate=a.pace.rate.value(now) or FASTEST,  # what nothing has gone yet is hoped to be fast, and so tried
+                window_bytes=self.limits.window_bytes,
+                load=sum((load for other, load in a.load.items() if other != job), Load()),
                 owned=frozenset(
                     (state or {})[site][0] for (_, site), of in wanted.items() if a.owned.get((job, site)) == of
                 ),
@@ -262,11 +276,41 @@ class Fleet:
                 raise WorkerLost(worker, "it left")
         return {worker: self._present[worker].outbox for worker in workers}
 
-    def open(self, exchange: Exchange, loads: Mapping[str, int]) -> None:
-        """Routes the job's messages to `exchange`. `loads` are the parameter bytes that it puts on each worker."""
+    def open(self, exchange: Exchange, loads: Mapping[str, Load]) -> None:
+        """Routes the job's messages to `exchange`. `loads` is what it asks of each worker."""
         for worker in exchange.workers:
             self._present[worker].exchanges[exchange.job] = exchange
             self._present[worker].load[exchange.job] = loads[worker]
+        self._tell()
+
+    def observe(self, worker: str, work: float, seconds: float) -> None:
+        """A step with so much work took a worker so long. Jobs are told where it is not as fast as they think."""
+        attendance = self._present.get(worker)
+        if attendance is None:
+            return
+        now, pace = asyncio.get_running_loop().time(), attendance.pace
+        pace.speed.add(work / seconds if seconds > 0 else 0.0, now)
+        rate = attendance.outbox.way.rate()
+        if rate is not None:
+            pace.rate.add(rate, now)
+        pace.first = pace.first or pace.speed.value(now)
+        self._tell_of(pace, now)
+
+    def late(self, worker: str, work: float, seconds: float) -> None:
+        """A worker is not done with so much work after so long. It counts at once: others need not learn it anew."""
+        attendance = self._present.get(worker)
+        if attendance is None:
+            return
+        now = asyncio.get_running_loop().time()
+        for _ in range(ENOUGH):
+            attendance.pace.speed.add(work / seconds, now)
+        self._tell_of(attendance.pace, now)
+
+    def _tell_of(self, pace: Pace, now: float) -> None:
+        known = pace.speed.value(now), pace.rate.value(now)
+        if any(map(_changed, pace.told, known)):
+            pace.told = known
+            self._tell()
 
     def release(self, exchange: Exchange, reason: str, *, keep: bool) -> None:
         """Ends an exchange and frees its workers of the job."""
@@ -297,6 +341,11 @@ class Fleet:
         ]
         return sorted(here + gone, key=lambda card: card.id)
 
+    def _trust(self) -> float:
+        """What a FLOP/s that a worker claims is worth where nothing is observed: as much as the others' have been."""
+        claims = [a.pace.first / _claimed(a) for a in self._present.values() if a.pace.first is not None]
+        return max(statistics.median(claims), 1 / CLAIM) if claims else 1.0
+
     def _empty(self, attendance: Attendance) -> None:
         attendance.draining = True
         for exchange in attendance.exchanges.values():
@@ -318,13 +367,14 @@ class Fleet:
 
     def _card(self, attendance: Attendance, status: Literal["attending", "draining", "lost"]) -> WorkerCard:
         capacity = attendance.hello.capacity
+        speed = attendance.pace.speed.value(asyncio.get_running_loop().time())
         return WorkerCard(
             id=attendance.worker,
             status=status,
             cores=capacity.cores,
             memory_bytes=capacity.memory_bytes,
             device=capacity.device,
-            gflops=capacity.gflops,
+            gflops=capacity.gflops if speed is None else speed / 1e9,
             shards=sum(list(e.owners.values()).count(attendance.worker) for e in attendance.exchanges.values()),
             last_seen=attendance.last_seen,
         )
@@ -333,3 +383,11 @@ class Fleet:
         changed, self._changed = self._changed, asyncio.get_running_loop().create_future()
         if not changed.done():
             changed.set_result(None)
+
+
+def _claimed(attendance: Attendance) -> float:
+    return max(LEAST_SPEED, attendance.hello.capacity.gflops * 1e9)
+
+
+def _changed(told: float | None, known: float | None) -> bool:
+    return known is not None and (told is None or not 1 / SLOWED <= known / told <= SLOWED)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,9 @@ class Artefacts:
         self._checkpoints = folder / "checkpoints"
         self._snapshots = folder / "snapshots"
         self._homes = (self._files, self._adapters, self._checkpoints, self._snapshots)
-        self._tmp = folder / "tmp"
+        self.tmp = folder / "tmp"
+        """For files that nobody needs once this process has ended."""
+        self._removing = threading.Lock()  # who cancels a job and the job's own end both remove its snapshots
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("wb")
         try:
@@ -57,8 +60,8 @@ class Artefacts:
             self._lock.close()
             problem = f"{folder} is in use by another process"
             raise ColaError(Reason.INVALID_CONFIG, setting="data_dir", problem=problem) from None
-        shutil.rmtree(self._tmp, ignore_errors=True)
-        for made in (*self._homes, self._tmp):
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        for made in (*self._homes, self.tmp):
             made.mkdir(exist_ok=True)
 
     def close(self) -> None:
@@ -183,6 +186,11 @@ class Artefacts:
         path.rename(path.with_name(path.name + ".damaged"))
         _sync(path.parent)
 
+    def discard(self, path: Path) -> None:
+        """Removes a snapshot."""
+        path.unlink()
+        _sync(path.parent)
+
     def remove_snapshots(self, job: str) -> None:
         """Removes all snapshots of a job: it has ended."""
         self.remove(_checked("ftjob", job))
@@ -191,12 +199,13 @@ class Artefacts:
         """Removes all that goes by this id, a job's snapshots by the job's; what is no id removes nothing."""
         if not any(ids.valid(prefix, id) for prefix in ("file", "ftckpt", "ftjob")):
             return
-        for home in self._homes:
-            path = home / id
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        with self._removing:
+            for home in self._homes:
+                path = home / id
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -207,7 +216,7 @@ class Artefacts:
 
     def _stage(self) -> Path:
         with storing("tmp"):
-            return Path(tempfile.mkdtemp(dir=self._tmp))
+            return Path(tempfile.mkdtemp(dir=self.tmp))
 
 
 class Staged:

@@ -10,7 +10,7 @@ Blank lines are passed over. Everything else that is wrong is told with its line
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -113,9 +113,27 @@ def survey(path: Path, name: str, task: str | None = None, labels: Collection[in
     return Survey(examples, in_order(found) if found else None)
 
 
+def survey_all(files: Iterable[tuple[Path, str]], task: str) -> Survey:
+    """Checks files that are one dataset, as `survey` does each of them; formats may differ from file to file.
+
+    Raises: `ColaError(INVALID_DATASET)`.
+    """
+    examples = 0
+    found: set[int | str] = set()
+    for path, name in files:
+        one = survey(path, name, task)
+        examples += one.examples
+        found.update(one.labels or ())
+        if len({type(label) for label in found}) > 1:
+            _refuse(name, 1, "labels are integers in one file and texts in another")
+        if len(found) > MAX_LABELS:
+            _refuse(name, 1, f"more than {MAX_LABELS} different labels in all files together")
+    return Survey(examples, in_order(found) if found else None)
+
+
 def in_order(labels: Collection[int | str]) -> tuple[int | str, ...]:
-    """Labels of one file in the order that numbers their classes: integers by value, texts by code points."""
-    return tuple(sorted(labels))  # of one file: all of one type
+    """Labels of one dataset in the order that numbers their classes: integers by value, texts by code points."""
+    return tuple(sorted(labels))  # all of one type
 
 
 def parse(path: Path, name: str, task: str | None = None) -> Iterator[tuple[int, Record]]:

@@ -8,6 +8,8 @@ def job(row: JobRow) -> Job:
     """The job as its user sees it."""
     return Job(
         id=row.id,
+        tenant=row.tenant,
+        group_id=row.group_id,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,

@@ -1,38 +1,62 @@
-"""Rows by their ids, within a session."""
+"""Rows by their ids, within a session. With a `tenant` its rows alone: another's is told as one that is not there."""
 
 import time
+from typing import Any, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import JobSpec
+from cola_common.jobs import JobSpec, JobStatus
 from cola_server.jobs.tables import CheckpointRow, EventRow, FileRow, JobRow
 
+TERMINAL = tuple(status.value for status in JobStatus if status.terminal)
 
-def find_job(session: Session, id: str, *, lock: bool = False) -> JobRow:
+Q = TypeVar("Q", bound=Select[Any])
+
+
+def owned(query: Q, table: type[JobRow | FileRow], tenant: str | None) -> Q:
+    """The rows of a query on `table` that are the tenant's; all, where none is given."""
+    return query if tenant is None else query.where(table.tenant == tenant)
+
+
+def find_job(session: Session, id: str, tenant: str | None, *, lock: bool = False) -> JobRow:
     """Raises: `ColaError(UNKNOWN_JOB)`. `lock` holds it until the transaction ends."""
-    query = select(JobRow).where(JobRow.id == id)
+    query = owned(select(JobRow).where(JobRow.id == id), JobRow, tenant)
     row = session.scalar(query.with_for_update() if lock else query)
     if row is None:
         raise ColaError(Reason.UNKNOWN_JOB, job=id)
     return row
 
 
-def find_file(session: Session, id: str) -> FileRow:
+def find_file(session: Session, id: str, tenant: str | None) -> FileRow:
     """Raises: `ColaError(UNKNOWN_FILE)`."""
-    row = session.scalar(select(FileRow).where(FileRow.id == id))
+    row = session.scalar(owned(select(FileRow).where(FileRow.id == id), FileRow, tenant))
     if row is None:
         raise ColaError(Reason.UNKNOWN_FILE, file=id)
     return row
 
 
-def find_checkpoint(session: Session, id: str) -> CheckpointRow:
+def find_checkpoint(session: Session, id: str, tenant: str | None) -> CheckpointRow:
     """Raises: `ColaError(UNKNOWN_CHECKPOINT)`."""
-    row = session.scalar(select(CheckpointRow).where(CheckpointRow.id == id))
+    query = select(CheckpointRow).join(JobRow).where(CheckpointRow.id == id)
+    row = session.scalar(owned(query, JobRow, tenant))
     if row is None:
         raise ColaError(Reason.UNKNOWN_CHECKPOINT, checkpoint=id)
     return row
+
+
+def move(row: JobRow, status: JobStatus) -> None:
+    """The job's new status, and what goes with it."""
+    now = time.time()
+    row.status = status.value
+    if status == JobStatus.RUNNING:
+        row.started_at = row.started_at or now
+    else:
+        row.waiting_for_workers = False
+        row.estimated_finish = None
+    if status.terminal:
+        row.finished_at = now
 
 
 def append_event(
@@ -49,10 +73,10 @@ def append_event(
 
 def sources_of(spec: JobSpec) -> list[str]:
     """The ids of all files and checkpoints that a job needs."""
-    named = (spec.training_file, spec.validation_file, spec.adapter.init_from)
+    named = (spec.training_file, *spec.joint_files, spec.validation_file, spec.adapter.init_from)
     return [id for id in named if id is not None]
 
 
-def find_source(session: Session, id: str) -> FileRow | CheckpointRow:
+def find_source(session: Session, id: str, tenant: str | None) -> FileRow | CheckpointRow:
     """Raises: `ColaError(UNKNOWN_FILE | UNKNOWN_CHECKPOINT)`."""
-    return find_checkpoint(session, id) if id.startswith("ftckpt-") else find_file(session, id)
+    return find_checkpoint(session, id, tenant) if id.startswith("ftckpt-") else find_file(session, id, tenant)

@@ -6,6 +6,7 @@ a crash. Every call that changes something may be repeated: asking again for wha
 Synchronous; any thread may call.
 """
 
+import copy
 import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import structlog
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import (
     Checkpoint,
+    Estimate,
     FileObject,
     Job,
     JobEvent,
@@ -31,6 +33,7 @@ from cola_server.jobs.artefacts import Artefacts
 from cola_server.jobs.files import Limits, Upload
 from cola_server.jobs.rows import sources_of
 from cola_server.jobs.store import JobStore
+from cola_server.tenants import Quotas
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -46,7 +49,10 @@ class Catalogue(Protocol):
         """The digest of a model's weights. Raises: `ColaError(UNKNOWN_MODEL)`."""
 
     def check(self, spec: JobSpec) -> None:
-        """Raises: `ColaError` if the model that the spec names cannot be adapted as it asks."""
+        """Raises: `ColaError` if the spec's model cannot be adapted as it asks, or the job is too large."""
+
+    def estimate(self, spec: JobSpec, examples: int, labels: Sequence[str]) -> Estimate:
+        """What a job would take, on so many examples. Raises: as `check`, but for a job that is too large."""
 
     def write_merged(self, spec: JobSpec, adapter: Path, folder: Path) -> None:
         """Writes the model with the adapter of that folder in its weights. Raises: `ColaError(NOT_MERGEABLE)`."""
@@ -55,21 +61,24 @@ class Catalogue(Protocol):
 class Scheduler(Protocol):
     """Who runs jobs. Each is told after the job's status was committed."""
 
-    def submit(self, job: str) -> None:
+    def submit(self, job: Job) -> None:
         """The job is new, or was under way when the server stopped."""
 
-    def cancel(self, job: str) -> None:
+    def cancel(self, job: Job) -> None:
         """The job is cancelled, and needs its snapshots no more."""
 
-    def pause(self, job: str) -> None:
+    def pause(self, job: Job) -> None:
         """The job is paused: no step begins."""
 
-    def resume(self, job: str) -> None:
+    def resume(self, job: Job) -> None:
         """The job is queued again."""
+
+    def place(self, job: str) -> int | None:
+        """The job's place among its tenant's that wait for their turn, from 1; None for one that does not wait."""
 
 
 class JobService:
-    """What clients can ask for."""
+    """What clients can ask for; `of` is for those of one tenant."""
 
     def __init__(
         self,
@@ -78,6 +87,7 @@ class JobService:
         catalogue: Catalogue,
         scheduler: Scheduler,
         limits: Limits | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """Removes artefacts without a record, which a crash between the two left, and snapshots of jobs that ended."""
         self._store = store
@@ -85,10 +95,17 @@ class JobService:
         self._catalogue = catalogue
         self._scheduler = scheduler
         self._limits = limits or Limits()
+        self._quotas = quotas or Quotas()
         self._steering = threading.Lock()  # what is committed last is also told last
         wanted = {record.id for record in store.artefacts()} | {job.id for job in store.unfinished()}
         for orphan in artefacts.ids() - wanted:
             artefacts.remove(orphan)
+
+    def of(self, tenant: str) -> "JobService":
+        """The same service as a tenant sees it: others' files, jobs and checkpoints are not there."""
+        service = copy.copy(self)
+        service._store = self._store.of(tenant)
+        return service
 
     def recover(self) -> None:
         """Hands over all jobs that a stop of the server left unfinished, oldest first; paused ones stay paused, and so
@@ -107,7 +124,7 @@ class JobService:
             if job.status == JobStatus.RUNNING:
                 event = "The server was started again; the job goes on from its last snapshot."
                 self._store.transition(job.id, JobStatus.QUEUED, event=event, level="warn")
-            self._scheduler.submit(job.id)
+            self._scheduler.submit(job)
 
     def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
         """As `JobStore.subscribe`."""
@@ -120,27 +137,32 @@ class JobService:
 
         Reads the files once: takes seconds where they are large.
 
-        Raises: `ColaError`: UNKNOWN_MODEL, UNKNOWN_FILE, UNKNOWN_CHECKPOINT, INVALID_JOB, INVALID_DATASET, and what
-        the catalogue finds.
+        Raises: `ColaError`: UNKNOWN_MODEL, UNKNOWN_FILE, UNKNOWN_CHECKPOINT, INVALID_JOB, INVALID_DATASET,
+        QUOTA_EXCEEDED, and what the catalogue finds.
         """
         if idempotency_key is not None and (job := self._store.job_by_key(spec, idempotency_key)) is not None:
             return job
-        self._check_data(spec, self._model(spec.model).task)
-        if spec.adapter.init_from is not None:
-            self._check_source(spec.adapter.init_from)
+        self._check(spec)
         self._catalogue.check(spec)
-        job = self._store.create_job(spec, idempotency_key, base_digest=self._catalogue.digest(spec.model))
+        most = self._quotas.of(self._store.tenant).max_queued
+        digest = self._catalogue.digest(spec.model)
+        job = self._store.create_job(spec, idempotency_key, base_digest=digest, most=most)
         if job.status == JobStatus.VALIDATING_FILES:
-            self._scheduler.submit(job.id)
+            self._scheduler.submit(job)
         return job
+
+    def estimate(self, spec: JobSpec) -> Estimate:
+        """What such a job would take; makes nothing. Raises: as `create`, but for QUOTA_EXCEEDED and JOB_TOO_LARGE."""
+        survey = self._check(spec)
+        return self._catalogue.estimate(spec, survey.examples, [str(label) for label in survey.labels or ()])
 
     def retrieve(self, id: str) -> Job:
         """Raises: `ColaError(UNKNOWN_JOB)`."""
-        return self._store.job(id)
+        return self._placed(self._store.job(id))
 
     def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]:
         """As `JobStore.jobs`."""
-        return self._store.jobs(after, limit)
+        return [self._placed(job) for job in self._store.jobs(after, limit)]
 
     def cancel(self, id: str) -> Job:
         """Ends a job; a step under way is not waited for. Raises: `ColaError(UNKNOWN_JOB | ILLEGAL_TRANSITION)`."""
@@ -165,7 +187,7 @@ class JobService:
                 if (job := self._store.job(id)).status not in (JobStatus.QUEUED, JobStatus.RUNNING):
                     raise
                 return job
-            self._scheduler.resume(id)
+            self._scheduler.resume(job)
         return job
 
     def events(self, job: str, after: int = 0, limit: int = 100) -> list[JobEvent]:
@@ -236,7 +258,12 @@ class JobService:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _stop(self, id: str, status: JobStatus, event: str, tell: Callable[[str], None]) -> Job:
+    def _placed(self, job: Job) -> Job:
+        """With its place in the line, which is nowhere written down."""
+        place = self._scheduler.place(job.id) if job.status == JobStatus.QUEUED else None
+        return job if place is None else job.model_copy(update={"queue_place": place})
+
+    def _stop(self, id: str, status: JobStatus, event: str, tell: Callable[[Job], None]) -> Job:
         with self._steering:
             try:
                 job = self._store.transition(id, status, event=event)
@@ -244,7 +271,7 @@ class JobService:
                 if (job := self._store.job(id)).status != status:
                     raise
                 return job
-            tell(id)
+            tell(job)
         return job
 
     def _check_artefacts(self, jobs: Sequence[Job]) -> None:
@@ -268,15 +295,28 @@ class JobService:
             raise ColaError(Reason.UNKNOWN_MODEL, model=name, known=", ".join(near))
         return cards[name]
 
-    def _check_data(self, spec: JobSpec, task: str) -> None:
+    def _check(self, spec: JobSpec) -> jsonl.Survey:
+        """Everything about a spec but whether its model can be adapted so. Returns: what is in its training files."""
+        task = self._model(spec.model).task
+        survey = self._check_data(spec, task)
+        if spec.collaboration is not None and task != "causal-lm":
+            problem = "groups are for causal-lm: in a classification each job has a head of its own"
+            raise ColaError(Reason.INVALID_JOB, param="collaboration", problem=problem)
+        if spec.adapter.init_from is not None:
+            self._check_source(spec.adapter.init_from)
+        return survey
+
+    def _check_data(self, spec: JobSpec, task: str) -> jsonl.Survey:
         training = self._dataset("training_file", spec.training_file)
-        survey = jsonl.survey(self.file_path(training.id), training.filename, task)
+        files = [training, *(self._dataset("joint_files", id) for id in spec.joint_files)]
+        survey = jsonl.survey_all([(self.file_path(file.id), file.filename) for file in files], task)
         if survey.labels is not None and len(survey.labels) < 2:
             problem = f"all {survey.examples} lines have one label; there is nothing to tell apart"
             raise ColaError(Reason.INVALID_DATASET, file=training.filename, line=1, problem=problem)
         if spec.validation_file is not None:
             validation = self._dataset("validation_file", spec.validation_file)
             jsonl.survey(self.file_path(validation.id), validation.filename, task, survey.labels)
+        return survey
 
     def _dataset(self, param: str, id: str) -> FileObject:
         file = self._store.file(id)

@@ -24,7 +24,9 @@ class FileRow(Table):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of creation."""
     id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str] = mapped_column(index=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    """`tenant/key`: a tenant's name has no slash, so that keys of two tenants are never one."""
     filename: Mapped[str]
     purpose: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
@@ -40,8 +42,12 @@ class JobRow(Table):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of creation."""
     id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str] = mapped_column(index=True)
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    """As a file's."""
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    group_id: Mapped[str | None] = mapped_column(index=True)
+    """Of a collaboration's jobs: the first one's id."""
     base_digest: Mapped[str | None]
     """Of the base model that the job began on; none for a job that is older than this column."""
     status: Mapped[str] = mapped_column(index=True)

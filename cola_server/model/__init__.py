@@ -1,6 +1,6 @@
 """The base model and what jobs do with it. Synchronous; one thread at a time for each base model."""
 
-from cola_server.model.adapted import JobAdapter
+from cola_server.model.adapted import JobAdapter, Mean
 from cola_server.model.base import BaseModel
 from cola_server.model.export import export_merged
 from cola_server.model.load import load
@@ -15,6 +15,7 @@ __all__ = [
     "BatchResult",
     "JobAdapter",
     "JobBatch",
+    "Mean",
     "Merging",
     "Sink",
     "Site",

@@ -1,6 +1,7 @@
 """The server's copy of a job's adapter: read by the forward pass, moved by folds. It has no optimizer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -26,7 +27,8 @@ class JobAdapter:
         for adapter, shard in zip(self.adapters, parameters, strict=True):
             assert {name: tuple(p.shape) for name, p in shard.items()} == adapter.shapes()
         self.parameters: tuple[Parameters, ...] = tuple(
-            {name: p.detach().to(device, torch.float32, copy=True) for name, p in shard.items()} for shard in parameters
+            {name: shard[name].detach().to(device, torch.float32, copy=True) for name in adapter.shapes()}
+            for adapter, shard in zip(self.adapters, parameters, strict=True)  # a file has its parameters by name
         )
         self.versions = [version] * len(self.sites)
         self.digests = [digest.state(shard) for shard in parameters]
@@ -89,3 +91,18 @@ class JobAdapter:
     def state(self) -> list[Parameters]:
         """Copies of all parameters: fp32, on the CPU, in site order."""
         return [{name: p.to("cpu", copy=True) for name, p in shard.items()} for shard in self.parameters]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What all members of a collaboration add to the base, each with the same share."""
+
+    group: str
+    """Who has one name has the same adapters."""
+    adapters: tuple[JobAdapter, ...]
+    """Of all members in their order, those that have ended included. None has a head."""
+
+    @property
+    def share(self) -> float:
+        """1/K."""
+        return 1 / len(self.adapters)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Calls
-from cola_server.model.adapted import JobAdapter
+from cola_server.model.adapted import JobAdapter, Mean
 from cola_server.model.base import BaseModel
 from cola_server.model.taps import Member, Sink, Taps
 
@@ -33,6 +33,8 @@ class JobBatch:
     """(B, T) with -100 for what is no target, shifted here as transformers does; (B,) for classification."""
     adapter: JobAdapter
     merged: bool = False
+    mean: Mean | None = None
+    """In a collaboration: what the rows see in the place of `adapter` alone; it is one of them."""
     sink: Sink | None = None
     """Where captures go; `train` needs one, `evaluate` does not look at it."""
     job: str = ""
@@ -53,26 +55,41 @@ class BatchResult:
     """Of the shards whose site was called, in site order."""
 
 
-def train(base: BaseModel, cohort: Sequence[JobBatch]) -> list[BatchResult]:
+def train(base: BaseModel, cohort: Sequence[JobBatch]) -> list[BatchResult | ColaError]:
     """One forward and backward pass; every job's captures are in its sink when it returns, in backward order.
 
     All batches have one padded length. A merged job is a cohort of its own, and `Merging` has merged it before.
-    Raises: `ColaError(NON_FINITE_LOSS)` before anything is captured, with the job in its details;
-    what a sink raises.
+    Returns: for each job its result, or what is wrong with it and does not concern the others: NON_FINITE_LOSS, and
+    nothing of it is captured; or what its sink says at its end.
     """
     with _taps(base, cohort, capture=True) as taps:
         sums, targets = _losses(base, cohort)
         losses = [total / max(count, 1) for total, count in zip(sums, targets, strict=True)]
         values = torch.stack([loss.detach() for loss in losses]).tolist()
-        for batch, loss, value in zip(cohort, losses, values, strict=True):
+        assert all(loss.requires_grad for loss in losses), "a loss does not depend on any site"
+        for number, value in enumerate(values):
             if not math.isfinite(value):
-                raise ColaError(Reason.NON_FINITE_LOSS, step=batch.step, job=batch.job)
-            assert loss.requires_grad, "the loss does not depend on any site"
-        torch.autograd.backward(losses)
+                taps.mute(number)
+        sound = [loss for loss, value in zip(losses, values, strict=True) if math.isfinite(value)]
+        if sound:
+            torch.autograd.backward(sound)
         return [
-            BatchResult(loss=value, tokens=member.tokens, target_tokens=count, calls=taps.calls(number))
-            for number, (value, member, count) in enumerate(zip(values, taps.cohort, targets, strict=True))
+            _result(batch, BatchResult(value, member.tokens, count, taps.calls(number)))
+            for number, (batch, value, member, count) in enumerate(
+                zip(cohort, values, taps.cohort, targets, strict=True)
+            )
         ]
+
+
+def _result(batch: JobBatch, result: BatchResult) -> BatchResult | ColaError:
+    if not math.isfinite(result.loss):
+        return ColaError(Reason.NON_FINITE_LOSS, step=batch.step, job=batch.job)
+    assert batch.sink is not None
+    try:
+        batch.sink.finish()
+    except ColaError as error:
+        return error
+    return result
 
 
 def evaluate(base: BaseModel, cohort: Sequence[JobBatch]) -> list[tuple[float, int]]:
@@ -102,6 +119,7 @@ def _members(base: BaseModel, cohort: Sequence[JobBatch]) -> list[Member]:
                 rows=batch.attention_mask.flatten().nonzero().flatten().to(base.device) if padded else None,
                 tokens=tokens,
                 sink=batch.sink,
+                mean=batch.mean,
             )
         )
     return members
@@ -112,18 +130,21 @@ def _losses(base: BaseModel, cohort: Sequence[JobBatch]) -> tuple[list[torch.Ten
     input_ids = torch.cat([batch.input_ids for batch in cohort]).to(base.device)
     attention_mask = torch.cat([batch.attention_mask for batch in cohort]).to(base.device)
     logits = base.module(input_ids=input_ids, attention_mask=attention_mask).logits
-    parts = torch.split(logits, [len(batch.input_ids) for batch in cohort]) if len(cohort) > 1 else (logits,)
     labels = [_targets(base, batch) for batch in cohort]
-    sums = [
-        functional.cross_entropy(
-            part.reshape(-1, part.shape[-1])[:, : _classes(base, batch)].float(),
-            wanted.flatten().to(base.device),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        for batch, part, wanted in zip(cohort, parts, labels, strict=True)
-    ]
-    return sums, [int((wanted != IGNORED).sum()) for wanted in labels]
+    classes = [_classes(base, batch) for batch in cohort]
+    if len(set(classes)) == 1:
+        # In one: the gradient of a split would be a copy of all logits.
+        parts = torch.split(_losses_of_rows(logits, torch.cat(labels), classes[0]), [w.numel() for w in labels])
+    else:
+        split = torch.split(logits, [len(batch.input_ids) for batch in cohort])
+        parts = tuple(_losses_of_rows(*each) for each in zip(split, labels, classes, strict=True))
+    return [part.sum() for part in parts], [int((wanted != IGNORED).sum()) for wanted in labels]
+
+
+def _losses_of_rows(logits: torch.Tensor, wanted: torch.Tensor, classes: int | None) -> torch.Tensor:
+    """Cross-entropy over the first `classes`; 0 where there is no target."""
+    rows = logits.reshape(-1, logits.shape[-1])[:, :classes].float()
+    return functional.cross_entropy(rows, wanted.flatten().to(rows.device), ignore_index=IGNORED, reduction="none")
 
 
 def _targets(base: BaseModel, batch: JobBatch) -> torch.Tensor:

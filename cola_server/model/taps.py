@@ -5,8 +5,9 @@ At a site with output h = module(x), for the rows of each job:
     ĥ = h + s·f_w(x)      the backward pass runs through the adapter too, by its `pull`;
     ĥ = h                 if the job is merged: its adapter already is in the module's weight;
     ĥ = f_w(x)            at a classification head, which is the job's own;
-    ĥ = h + 1/K Σ_j s_j·f_j(x)   over all K members of a collaboration; ∂L/∂w of one of them is its VJP with g / K.
+    ĥ = h + 1/K Σ_j s_j·f_j(x)   over all K members of the job's collaboration, those that lack the site add nothing.
 
+The gradient of a job's loss in its own w is the VJP of s·f_w at x with g; in a collaboration with g / K.
 Neighbours in the cohort whose adapters are alike and whose rows are as many are computed by one batched product.
 
 Nothing but ĥ's gradient g = ∂L/∂ĥ is needed of the backward pass: parameters, the base's and the adapters', require
@@ -26,7 +27,7 @@ from cola_common.adapters import Adapter, Parameters
 from cola_common.adapters.stacked import Stack, alike, stack
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Calls
-from cola_server.model.adapted import JobAdapter
+from cola_server.model.adapted import JobAdapter, Mean
 from cola_server.model.site import Site
 
 
@@ -40,6 +41,9 @@ class Sink(Protocol):
         padding, once the leading dimensions are flattened; None: all. Both belong to autograd and must not be changed.
         May run on a thread of autograd's.
         """
+
+    def finish(self) -> None:
+        """The pass is over. Raises: `ColaError` for what went wrong with this job's captures."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,14 @@ class Member:
     """How many those are."""
     sink: Sink | None
     """None where nothing is captured."""
-    group: str | None = None
-    """The collaboration that it belongs to: all of its members are in the cohort, next to each other."""
+    mean: Mean | None = None
+    """What its rows see in the place of its own adapter alone."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A member at a site."""
+    """An adapter at a site."""
 
-    member: int
     site: Site
     adapter: Adapter
     parameters: Parameters
@@ -71,10 +74,14 @@ class _Piece:
 
 @dataclass
 class _Tapped:
-    """A module that is a site of at least one member."""
+    """A module that is a site of at least one job."""
 
+    site: Site
+    """One of theirs: all agree on how the module sees rows."""
     pieces: dict[int, _Piece] = field(default_factory=dict)
-    """By member."""
+    """The members' own."""
+    means: dict[str, list[_Piece]] = field(default_factory=dict)
+    """What each collaboration adds here."""
     runs: list["_Run"] = field(default_factory=list)
     """All members in their order."""
     calls: int = 0
@@ -89,7 +96,7 @@ class _Run:
     stop: int
     """Along the first dimension of what the site sees."""
     pieces: Sequence[_Piece]
-    """None: these members have no adapter here that is not merged."""
+    """None: nothing is added to these rows."""
     stack: Stack | None = None
     """Of the pieces, a job's rows each; None: all rows go through every piece."""
     share: float = 1.0
@@ -105,19 +112,21 @@ class Taps:
         self._length = length
         self._tapped: dict[str, _Tapped] = {}
         for number, member in enumerate(cohort):
-            of_member = zip(member.adapter.sites, member.adapter.adapters, member.adapter.parameters, strict=True)
-            for site, adapter, parameters in of_member:
-                tapped = self._tapped.setdefault(site.name, _Tapped())
-                tapped.pieces[number] = _Piece(number, site, adapter, parameters)
-        self._shares = {
-            member.group: 1 / sum(other.group == member.group for other in cohort) for member in cohort if member.group
-        }
-        if len(cohort) > 1:
+            for piece in _pieces(member.adapter):
+                self._tap(piece.site).pieces[number] = piece
+        for mean in {member.mean.group: member.mean for member in cohort if member.mean is not None}.values():
+            for adapter in mean.adapters:
+                for piece in _pieces(adapter):
+                    assert not piece.adapter.replaces, "the mean of heads is no head"
+                    self._tap(piece.site).means.setdefault(mean.group, []).append(piece)
+        self._alone = len(cohort) == 1 and cohort[0].mean is None
+        if not self._alone:
             for tapped in self._tapped.values():
                 tapped.runs = self._runs(tapped)
         # The graph starts where this enters it, at the first site: nothing below is differentiated.
         self._root = torch.zeros((), requires_grad=capture)
         self._inputs: dict[tuple[int, int, int], int] = {}
+        self._muted: set[int] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -146,6 +155,13 @@ class Taps:
             if (count := self._tapped[site.name].calls)
         )
 
+    def mute(self, number: int) -> None:
+        """A member's captures are not wanted: its loss takes no part in the backward pass."""
+        self._muted.add(number)
+
+    def _tap(self, site: Site) -> _Tapped:
+        return self._tapped.setdefault(site.name, _Tapped(site))
+
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def _hook(self, tapped: _Tapped) -> Any:
@@ -159,7 +175,7 @@ class Taps:
 
     def _check(self, tapped: _Tapped, x: torch.Tensor) -> None:
         """A site may see rows in no other layout than in the probe: the slices would be other jobs' rows."""
-        site = next(iter(tapped.pieces.values())).site
+        site = tapped.site
         examples = sum(member.examples for member in self.cohort)
         wanted = {
             "tokens": (examples, self._length),
@@ -172,10 +188,11 @@ class Taps:
 
     def adapted(self, tapped: _Tapped, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """ĥ of all members."""
-        if len(self.cohort) == 1:
+        if self._alone:
             return self._output(tapped.pieces[0], x, h)
         # A head's labels are its job's: the widest of them makes the width of all.
-        width = max(piece.site.d_out if piece.adapter.replaces else h.shape[-1] for piece in tapped.pieces.values())
+        widths = [p.site.d_out if p.adapter.replaces else h.shape[-1] for p in tapped.pieces.values()]
+        width = max(widths, default=h.shape[-1])
         out = h.new_zeros(*h.shape[:-1], width) if width > h.shape[-1] else torch.empty_like(h)
         for run in tapped.runs:
             self._run_forward(run, x[run.start : run.stop], h[run.start : run.stop], out[run.start : run.stop])
@@ -183,7 +200,7 @@ class Taps:
 
     def pulled(self, tapped: _Tapped, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor | None:
         """What the adapters add to the gradient in x; None where no member has one here."""
-        if len(self.cohort) == 1:
+        if self._alone:
             return self._pull(tapped.pieces[0], x, g)
         if not any(run.pieces for run in tapped.runs):
             return None
@@ -199,11 +216,11 @@ class Taps:
             numbers = list(members)
             start, stop = starts[numbers[0]], starts[numbers[-1] + 1]
             pieces = [tapped.pieces[number] for number in numbers if number in tapped.pieces]
-            group = self.cohort[numbers[0]].group
-            if key is None or not pieces:
+            mean = self.cohort[numbers[0]].mean
+            if mean is not None:
+                runs.append(_Run(start, stop, tapped.means.get(mean.group, []), share=mean.share))
+            elif key is None:
                 runs.append(_Run(start, stop, []))
-            elif group is not None:
-                runs.append(_Run(start, stop, pieces, share=self._shares[group]))
             elif len(pieces) > 1:
                 stacked = stack([piece.adapter for piece in pieces], [piece.parameters for piece in pieces])
                 runs.append(_Run(start, stop, pieces, stacked))
@@ -214,8 +231,8 @@ class Taps:
     def _kind(self, tapped: _Tapped, number: int) -> Hashable | None:
         """Neighbours of one kind make a run; None: nothing is added to their rows."""
         member, piece = self.cohort[number], tapped.pieces.get(number)
-        if member.group is not None and not (piece is not None and piece.adapter.replaces):
-            return "group", member.group
+        if member.mean is not None:
+            return "mean", member.mean.group
         if piece is None or (member.merged and not piece.adapter.replaces):
             return None
         kind = alike(piece.adapter)
@@ -257,18 +274,18 @@ class Taps:
     def _output(self, piece: _Piece, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         if piece.adapter.replaces:
             return piece.adapter.forward(piece.parameters, x)
-        if self.cohort[piece.member].merged:
+        if self.cohort[0].merged:
             return h.view_as(h)
         return piece.adapter.forward(piece.parameters, x).add_(h)
 
     def _pull(self, piece: _Piece, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor | None:
-        if self.cohort[piece.member].merged and not piece.adapter.replaces:
+        if self.cohort[0].merged and not piece.adapter.replaces:
             return None  # the module's own backward pass goes through the merged weight
         return piece.adapter.pull(piece.parameters, x, g[..., : piece.site.d_out])
 
     def _sizes(self, tapped: _Tapped) -> list[int]:
         """Lengths of the members' parts along the first dimension of what the site sees."""
-        flat = next(iter(tapped.pieces.values())).site.layout == "flat"
+        flat = tapped.site.layout == "flat"
         return [member.examples * (self._length if flat else 1) for member in self.cohort]
 
     # --- backward ---------------------------------------------------------------------------------------------------
@@ -280,13 +297,15 @@ class Taps:
         sizes = self._sizes(tapped)
         xs, gs = (torch.split(value, sizes) if len(sizes) > 1 else (value,) for value in (x, g))
         for number, piece in tapped.pieces.items():
+            if number in self._muted:
+                continue
             member = self.cohort[number]
             assert member.sink is not None, "a captured batch has somewhere to go"
             self._check_shared(number, piece.site, call, x)
             rows = None if piece.site.layout == "examples" else member.rows
             g_of_member = gs[number][..., : piece.site.d_out]
-            if member.group is not None and not piece.adapter.replaces:
-                g_of_member = g_of_member * self._shares[member.group]
+            if member.mean is not None:
+                g_of_member = g_of_member * member.mean.share
             member.sink.capture(piece.site, call, xs[number], g_of_member, rows)
 
     def _check_shared(self, number: int, site: Site, call: int, x: torch.Tensor) -> None:
@@ -294,6 +313,11 @@ class Taps:
         if self._inputs.setdefault((number, site.group, call), x.data_ptr()) != x.data_ptr():
             problem = "it does not share its input as the probe found"
             raise ColaError(Reason.UNKNOWN_LAYOUT, site=site.name, problem=problem)
+
+
+def _pieces(adapter: JobAdapter) -> list[_Piece]:
+    of_sites = zip(adapter.sites, adapter.adapters, adapter.parameters, strict=True)
+    return [_Piece(site, form, parameters) for site, form, parameters in of_sites]
 
 
 def _by_job(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,9 +9,22 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
+import grpc
+
 from cola_common.errors import ColaError
-from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, JobSpec, ModelCard, StepMetrics, WorkerCard
+from cola_common.jobs import (
+    Checkpoint,
+    Estimate,
+    FileObject,
+    Job,
+    JobEvent,
+    JobSpec,
+    ModelCard,
+    StepMetrics,
+    WorkerCard,
+)
 from cola_common.messages import Hello, Message, ToWorker, Welcome
+from cola_common.rpc.auth import Access
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +48,7 @@ class Jobs(Protocol):
     """The rules of what users ask for. Synchronous; any thread may call."""
 
     def create(self, spec: JobSpec, idempotency_key: str | None = None) -> Job: ...
+    def estimate(self, spec: JobSpec) -> Estimate: ...
     def retrieve(self, id: str) -> Job: ...
     def jobs(self, after: str | None = None, limit: int = 20) -> list[Job]: ...
     def cancel(self, id: str) -> Job: ...
@@ -95,19 +109,31 @@ class Fleet(Protocol):
     def drain(self, id: str) -> WorkerCard: ...
 
 
+class Service(Protocol):
+    """The jobs of all tenants."""
+
+    def of(self, tenant: str) -> Jobs:
+        """As this tenant sees them: what is others' is not there."""
+
+
 class Pending:
     """The jobs, or the wait for them."""
 
-    def __init__(self) -> None:
-        self._jobs: asyncio.Future[Jobs] = asyncio.get_running_loop().create_future()
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._service: asyncio.Future[Service] = asyncio.get_running_loop().create_future()
 
-    def set(self, jobs: Jobs) -> None:
+    def set(self, service: Service) -> None:
         """Lets all calls through."""
-        self._jobs.set_result(jobs)
+        self._service.set_result(service)
 
-    async def jobs(self) -> Jobs:
-        """Waits for the server to have started."""
-        return await asyncio.shield(self._jobs)
+    async def jobs(self, context: grpc.aio.ServicerContext[Any, Any]) -> Jobs:
+        """The jobs as the caller's tenant sees them. Waits for the server to have started.
+
+        The tenant comes from the call's own metadata: nothing has to find its way from the interceptor to here.
+        """
+        tenant = self._access.tenant(context.invocation_metadata())
+        return (await asyncio.shield(self._service)).of(tenant)
 
 
 async def blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

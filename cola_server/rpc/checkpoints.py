@@ -26,7 +26,7 @@ class Checkpoints(checkpoints_pb2_grpc.CheckpointsServicer):
         self, request: checkpoints_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoints_pb2.ListCheckpointsResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             size = page(request.limit)
             after = request.after if request.HasField("after") else None
             found = await blocking(jobs.checkpoints, request.job, after, size + 1)
@@ -38,7 +38,7 @@ class Checkpoints(checkpoints_pb2_grpc.CheckpointsServicer):
         self, request: checkpoints_pb2.DownloadCheckpointRequest, context: Context
     ) -> AsyncIterator[checkpoints_pb2.CheckpointChunk]:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             if not request.merged:
                 async for chunk in _chunks(await blocking(jobs.checkpoint_files, request.id)):
                     yield chunk

@@ -44,7 +44,7 @@ class Files(files_pb2_grpc.FilesServicer):
         self, request_iterator: AsyncIterator[files_pb2.CreateFileRequest], context: Context
     ) -> types_pb2.FileObject:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("part") != "header":
                 raise ColaError(Reason.PROTOCOL_VIOLATION, problem="a file begins with its header")
@@ -61,14 +61,14 @@ class Files(files_pb2_grpc.FilesServicer):
         self, request: files_pb2.RetrieveFileRequest, context: Context
     ) -> types_pb2.FileObject:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             return convert.file_to_wire(await blocking(jobs.file, request.id))
 
     async def List(  # noqa: N802
         self, request: files_pb2.ListFilesRequest, context: Context
     ) -> files_pb2.ListFilesResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             size = page(request.limit)
             after = request.after if request.HasField("after") else None
             found = await blocking(jobs.files, after, size + 1)
@@ -80,7 +80,7 @@ class Files(files_pb2_grpc.FilesServicer):
         self, request: files_pb2.DeleteFileRequest, context: Context
     ) -> files_pb2.DeleteFileResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             await blocking(jobs.delete_file, request.id)
             return files_pb2.DeleteFileResponse()
 
@@ -88,6 +88,6 @@ class Files(files_pb2_grpc.FilesServicer):
         self, request: files_pb2.FileContentRequest, context: Context
     ) -> AsyncIterator[files_pb2.FileChunk]:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             async for _, data in read_chunks(await blocking(jobs.file_path, request.id)):
                 yield files_pb2.FileChunk(data=data)

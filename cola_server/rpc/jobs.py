@@ -24,20 +24,28 @@ class Jobs(jobs_pb2_grpc.JobsServicer):
 
     async def Create(self, request: jobs_pb2.CreateJobRequest, context: Context) -> types_pb2.Job:  # noqa: N802
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             spec = convert.spec_from_wire(request.spec)
             return convert.job_to_wire(await blocking(jobs.create, spec, request.idempotency_key or None))
 
+    async def Estimate(  # noqa: N802
+        self, request: jobs_pb2.EstimateJobRequest, context: Context
+    ) -> types_pb2.Estimate:
+        async with translated(context):
+            jobs = await self._backend.jobs(context)
+            spec = convert.spec_from_wire(request.spec)
+            return convert.estimate_to_wire(await blocking(jobs.estimate, spec))
+
     async def Retrieve(self, request: jobs_pb2.RetrieveJobRequest, context: Context) -> types_pb2.Job:  # noqa: N802
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             return convert.job_to_wire(await blocking(jobs.retrieve, request.id))
 
     async def List(  # noqa: N802
         self, request: jobs_pb2.ListJobsRequest, context: Context
     ) -> jobs_pb2.ListJobsResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             size = page(request.limit)
             after = request.after if request.HasField("after") else None
             found = await blocking(jobs.jobs, after, size + 1)
@@ -47,24 +55,24 @@ class Jobs(jobs_pb2_grpc.JobsServicer):
 
     async def Cancel(self, request: jobs_pb2.CancelJobRequest, context: Context) -> types_pb2.Job:  # noqa: N802
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             return convert.job_to_wire(await blocking(jobs.cancel, request.id))
 
     async def Pause(self, request: jobs_pb2.PauseJobRequest, context: Context) -> types_pb2.Job:  # noqa: N802
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             return convert.job_to_wire(await blocking(jobs.pause, request.id))
 
     async def Resume(self, request: jobs_pb2.ResumeJobRequest, context: Context) -> types_pb2.Job:  # noqa: N802
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             return convert.job_to_wire(await blocking(jobs.resume, request.id))
 
     async def ListEvents(  # noqa: N802
         self, request: jobs_pb2.ListJobEventsRequest, context: Context
     ) -> jobs_pb2.ListJobEventsResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             size = page(request.limit)
             found = await blocking(jobs.events, request.job, request.after, size + 1)
             return jobs_pb2.ListJobEventsResponse(
@@ -75,7 +83,7 @@ class Jobs(jobs_pb2_grpc.JobsServicer):
         self, request: jobs_pb2.StreamJobEventsRequest, context: Context
     ) -> AsyncIterator[types_pb2.JobEvent]:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
             def tell(job: str) -> None:
@@ -102,6 +110,6 @@ class Jobs(jobs_pb2_grpc.JobsServicer):
         self, request: jobs_pb2.JobMetricsRequest, context: Context
     ) -> AsyncIterator[types_pb2.StepMetrics]:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             for metrics in await blocking(jobs.metrics, request.job, request.after_step):
                 yield convert.metrics_to_wire(metrics)

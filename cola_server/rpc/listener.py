@@ -8,7 +8,7 @@ import grpc
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Heartbeat
-from cola_common.rpc.auth import TokenAuth
+from cola_common.rpc.auth import Access, TokenAuth
 from cola_common.rpc.fleet import add_fleet
 from cola_common.rpc.limits import SERVER_OPTIONS
 from cola_common.wire import checkpoints_pb2_grpc, files_pb2_grpc, jobs_pb2_grpc, models_pb2_grpc, workers_pb2_grpc
@@ -30,13 +30,12 @@ class Listener:
         backend: Pending,
         pulse: Callable[[], Heartbeat],
         *,
-        client_token: str | None,
-        worker_token: str | None,
+        access: Access,
         tls_cert: Path | None,
         tls_key: Path | None,
     ) -> None:
         self._tls = (tls_cert, tls_key)
-        self._server = grpc.aio.server(interceptors=[TokenAuth(client_token, worker_token)], options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[TokenAuth(access)], options=SERVER_OPTIONS)
         files_pb2_grpc.add_FilesServicer_to_server(Files(backend), self._server)
         jobs_pb2_grpc.add_JobsServicer_to_server(Jobs(backend), self._server)
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(Checkpoints(backend), self._server)

@@ -22,6 +22,6 @@ class Models(models_pb2_grpc.ModelsServicer):
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
         async with translated(context):
-            jobs = await self._backend.jobs()
+            jobs = await self._backend.jobs(context)
             cards = await blocking(jobs.models)
             return models_pb2.ListModelsResponse(data=[convert.model_to_wire(card) for card in cards])

@@ -1,6 +1,9 @@
 """A job under one epoch: from a snapshot, or its start, to its end, to a planned move, or to the first failure.
 
 reserve ─► train on the numerics thread (captures leave while it runs) ─► StepEnd ─► deltas ─► fold ─► Ack ─► snapshot?
+
+The members of a collaboration meet three times a step: between two steps, where all do the same; before the first of
+them folds, for until then all see the adapters as they were; and when all have folded.
 """
 
 import asyncio
@@ -20,12 +23,15 @@ from cola_common.messages import Calls, Delta, EncodedTensor, ShardPlan
 from cola_common.schedules import learning_rate
 from cola_common.tensor import encode
 from cola_server.fleet import Exchange, WorkerBlamed, WorkerSlow
-from cola_server.model import JobAdapter, JobBatch, Merging, evaluate, train
+from cola_server.model import JobAdapter, JobBatch, Mean, Merging, evaluate
 from cola_server.training import data
 from cola_server.training.cadence import Cadence
 from cola_server.training.captures import CapturePacker
-from cola_server.training.catalogue import capture_bytes
 from cola_server.training.checkpoints import write_checkpoint
+from cola_server.training.cohorts import Request
+from cola_server.training.estimate import capture_bytes
+from cola_server.training.examples import Example
+from cola_server.training.group import Group, Session
 from cola_server.training.judgement import Judgement
 from cola_server.training.keeper import Keeper
 from cola_server.training.owners import Owners
@@ -61,6 +67,18 @@ class Course:
     turn: Turn
 
 
+@dataclass(frozen=True)
+class Vote:
+    """What a job wants between two steps."""
+
+    end: End | None
+    """To stop here."""
+    due: bool
+    """A snapshot."""
+    busy: bool
+    """The last snapshot is not yet written."""
+
+
 @dataclass
 class StepTotals:
     """What the batches of one step add up to."""
@@ -89,10 +107,23 @@ class Trained:
 
 
 class Attempt:
-    """See the module. `owners` says which worker has which shard, `start` where the job goes on from."""
+    """See the module. `owners` says which worker has which shard, `start` where the job goes on from; `session` is who
+    takes the attempt with it, of the job's `group`, if it has one.
+    """
 
-    def __init__(self, course: Course, epoch: int, owners: Mapping[int, str], start: Snapshot | None) -> None:
+    def __init__(
+        self,
+        course: Course,
+        epoch: int,
+        owners: Mapping[int, str],
+        start: Snapshot | None,
+        session: Session,
+        group: Group | None,
+    ) -> None:
         self._course = course
+        self._session = session
+        self._group = group
+        self._mean: Mean | None = None
         self._prepared = course.prepared
         self._spec = course.prepared.spec
         self._base = course.prepared.base
@@ -110,7 +141,9 @@ class Attempt:
         self._fleet_change = self._services.fleet.change()
 
     async def run(self) -> End:
-        """Raises: `WorkerLost`, `WorkerBlamed`, `WorkerSlow`; `ColaError` where the job is at fault, the disk full."""
+        """Raises: `WorkerLost`, `WorkerBlamed`, `WorkerSlow`; `Parted`; `ColaError` where the job is at fault, the disk
+        full.
+        """
         fleet, sites = self._services.fleet, self._prepared.sites
         exchange = Exchange(
             job=self._prepared.job,
@@ -121,10 +154,7 @@ class Attempt:
             shapes=self._shapes,
             max_grad_norm=self._prepared.plan.max_grad_norm,
         )
-        loads = dict.fromkeys(exchange.workers, 0)
-        for site in sites:
-            loads[self._owners[site.index]] += self._prepared.parameter_bytes(site)
-        fleet.open(exchange, loads)
+        fleet.open(exchange, self._course.owners.load(self._owners))
         self._course.owners.settled()
         reason, keep, merging = "the job is over", False, None
         keeper = Keeper(exchange, self._course.snapshots)
@@ -133,7 +163,9 @@ class Attempt:
             merging = Merging(self._base, adapter) if self._spec.fold == "merged" else None
             await self._assign(exchange, adapter)
             failpoints.hit("assign.sent")
-            end = await self._steps(exchange, keeper, adapter, merging)
+            self._mean = await self._mean_with(adapter)
+            with self._numerics.idle.job():
+                end = await self._steps(exchange, keeper, adapter, merging)
             if end != End.FINISHED:
                 reason, keep = f"the job is {end.value}", True
             return end
@@ -151,8 +183,17 @@ class Attempt:
     def _adapter(self) -> JobAdapter:
         p, start = self._prepared, self._start
         if start is None:
-            return JobAdapter.initial(p.sites, self._spec.seed, self._base.device, p.start)
+            return JobAdapter.initial(p.sites, self._spec.seed, self._base.device, p.start())
         return JobAdapter(p.sites, start.parameters, self._base.device, version=start.step)
+
+    async def _mean_with(self, adapter: JobAdapter) -> Mean | None:
+        """What the job's group adds to the base in this attempt; None for a job without one."""
+        adapters = await self._session.meet(self._prepared.job, adapter)
+        if self._group is None:
+            return None
+        adapters = {**self._group.ended, **adapters}
+        members = await self._records.members()
+        return Mean(self._group.id, tuple(adapters[member.id] for member in members))
 
     async def _assign(self, exchange: Exchange, adapter: JobAdapter) -> None:
         start = self._start
@@ -167,6 +208,8 @@ class Attempt:
             digests=start.digests if start else (),
             owned=self._course.owners.owned(self._owners, start) if start else (),
         )
+        if start is not None:
+            start.let_go()
 
     def _max_rows(self) -> int:
         h = self._spec.hyperparameters
@@ -181,17 +224,8 @@ class Attempt:
         began = time.time()
         cadence.taken()
         for step in range(start, p.total_steps):
-            if (end := self._departure(exchange)) is not None:
-                if step > start:
-                    await keeper.wait()
-                    await self._snapshot(keeper, adapter)
-                    await keeper.wait()
+            if (end := await self._between(exchange, keeper, adapter, step)) is not None:
                 return end
-            keeper.look()
-            if cadence.due and not keeper.busy:
-                if (excess := cadence.excess()) is not None:
-                    await self._records.tell(excess, level="warn")
-                await self._snapshot(keeper, adapter)
             first = step * interval
             last = min(first + interval, p.total_batches)
             metrics = await self._step(exchange, adapter, merging, step, range(first, last))
@@ -200,7 +234,7 @@ class Attempt:
             end_of_epoch = last // p.batches.per_epoch > first // p.batches.per_epoch
             final = step + 1 == p.total_steps
             if (end_of_epoch or final) and p.validation is not None:
-                valid_loss = await self._numerics.run(self._evaluate, adapter, merging)
+                valid_loss = await self._evaluate(adapter, merging)
                 metrics = metrics.model_copy(update={"valid_loss": valid_loss})
             finish = time.time() + (time.time() - began) / (step + 1 - start) * (p.total_steps - step - 1)
             await self._records.step(
@@ -211,17 +245,54 @@ class Attempt:
                 await self._numerics.run(self._checkpoint, exchange.job, adapter, metrics)
                 await self._records.tell(f"Checkpoint at step {metrics.step}.")
             await self._convict(step, exchange.workers)
-        return End.FINISHED
+        return await self._last(exchange, keeper, adapter)
 
-    def _departure(self, exchange: Exchange) -> End | None:
-        """Whether the job should stop here, between two steps."""
+    async def _between(self, exchange: Exchange, keeper: Keeper, adapter: JobAdapter, step: int) -> End | None:
+        """What all members do between two steps. Returns: how the attempt ends here, if it does."""
+        session, cadence, job = self._session, self._course.cadence, self._prepared.job
+        keeper.look()
+        last = step == self._prepared.total_steps
+        wanted = End.FINISHED if last else self._departure(exchange, step)
+        votes = await session.meet(job, Vote(wanted, cadence.due, keeper.busy))
+        ends = {member: vote.end for member, vote in votes.items() if vote.end is not None}
+        if ends:
+            if step > (self._start.step if self._start else 0):
+                await keeper.wait()
+                await self._snapshot(keeper, adapter)
+                await keeper.wait()
+            for end in (End.INTERRUPTED, End.MOVING):
+                if end in ends.values():
+                    return end
+            adapters = await session.meet(job, adapter)  # all have their snapshot: nobody goes back behind this step
+            if self._group is not None:
+                self._group.end({member: adapters[member] for member in ends})
+            session.ended(ends)
+            return End.FINISHED if last else None
+        if any(vote.due for vote in votes.values()) and not any(vote.busy for vote in votes.values()):
+            if cadence.due and (excess := cadence.excess()) is not None:
+                await self._records.tell(excess, level="warn")
+            await self._snapshot(keeper, adapter)
+        return None
+
+    async def _last(self, exchange: Exchange, keeper: Keeper, adapter: JobAdapter) -> End:
+        """The last step is behind; the others of its group go on with the adapter as it is."""
+        if self._group is None:
+            return End.FINISHED
+        end = await self._between(exchange, keeper, adapter, self._prepared.total_steps)
+        assert end is not None, "its own vote was to end here"
+        return end
+
+    def _departure(self, exchange: Exchange, step: int) -> End | None:
+        """Whether the job should stop here, before `step`."""
         if self._course.turn.interrupted:
             return End.INTERRUPTED
         if exchange.leaving:
             return End.MOVING
-        if self._fleet_change.done():
+        waited = self._patience.typical()
+        if self._fleet_change.done() and waited is not None:
             self._fleet_change = self._services.fleet.change()
-            if self._course.owners.better(self._owners):
+            stopped = len(self._mean.adapters) if self._mean else 1  # a move costs all of a group
+            if self._course.owners.better(self._owners, step, waited / stopped):
                 return End.MOVING
         return None
 
@@ -235,6 +306,7 @@ class Attempt:
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, batches: range
     ) -> StepMetrics:
         totals = StepTotals(started=time.perf_counter())
+        calls: list[Calls] = []
         for number in batches:
             trained = await self._batch(exchange, adapter, merging, step, number)
             totals.loss += trained.loss
@@ -244,6 +316,7 @@ class Attempt:
             totals.model_seconds += trained.seconds - trained.encode_seconds
             totals.encode_seconds += trained.encode_seconds
             totals.sent_bytes += sum(trained.sent.values())
+            calls += trained.calls
             closes = totals.batches if number == batches[-1] else 0
             exchange.end_batch(batch=number, batches=closes, calls=trained.calls)
             failpoints.hit("batch.sent")
@@ -251,14 +324,20 @@ class Attempt:
         deltas = await self._deltas(exchange)
         waited = time.perf_counter() - handed_over
         self._patience.waited(waited)
+        await self._session.meet(self._prepared.job, None)  # all batches of the step are through the model
         failpoints.hit("step.before_fold")
-        worker_seconds = max(d.worker_seconds for d in deltas)
+        seconds = {worker: d.worker_seconds for worker, d in zip(exchange.workers, deltas, strict=True)}
+        worker_seconds = max(seconds.values())
         digests, fold_seconds = await self._numerics.run(self._fold, adapter, merging, exchange.workers, deltas, step)
         failpoints.hit("step.after_fold")
         grad_norm = exchange.grad_norm()
         exchange.acknowledge(digests)
+        self._course.owners.stepped(self._owners, calls, seconds)
         self.folded += 1
         failpoints.hit("step.acknowledged")
+        await self._session.meet(self._prepared.job, None)  # all adapters are at the next step
+        received_bytes = sum(t.nbytes for d in deltas for t in d.tensors)
+        self._services.observed.waited(totals.sent_bytes + received_bytes, waited)
         return StepMetrics(
             step=step + 1,
             epoch=self._epoch,
@@ -275,7 +354,7 @@ class Attempt:
             worker_seconds=worker_seconds,
             fold_seconds=fold_seconds,
             sent_bytes=totals.sent_bytes,
-            received_bytes=sum(t.nbytes for d in deltas for t in d.tensors),
+            received_bytes=received_bytes,
         )
 
     async def _deltas(self, exchange: Exchange) -> Sequence[Delta]:
@@ -284,6 +363,7 @@ class Attempt:
             return await exchange.deltas(within=self._patience.limit())
         except WorkerSlow as slow:
             if self._course.owners.elsewhere(slow.workers):
+                self._course.owners.avoid(self._owners, slow.workers, slow.seconds)
                 raise
             await self._records.tell(f"Waiting: {slow}, and there is no other worker.", level="warn")
             return await exchange.deltas()
@@ -292,9 +372,42 @@ class Attempt:
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, number: int
     ) -> Trained:
         p = self._prepared
-        batch = [p.training.examples[i] for i in p.batches.indices(number)]
-        await exchange.reserve(self._sizes(tokens=sum(len(e.ids) for e in batch), examples=len(batch)))
-        return await self._numerics.run(self._train, exchange, adapter, merging, step, number, batch)
+        examples = await asyncio.to_thread(p.batch, number)
+        await exchange.reserve(self._sizes(tokens=sum(len(e.ids) for e in examples), examples=len(examples)))
+        packer = CapturePacker(
+            job=exchange.job,
+            epoch=self._epoch,
+            batch=number,
+            step=step,
+            values=self._spec.wire.values,
+            owners=self._owners,
+            emit=exchange.emit,
+        )
+        length = data.padded_length(examples, p.max_positions)
+        passed = await self._services.cohorts.train(
+            Request(
+                job=exchange.job,
+                tenant=p.tenant,
+                base=self._base,
+                length=length,
+                tokens=len(examples) * length,
+                kind=f"{self._group.id if self._group else self._spec.adapter.type} {len(examples)}",
+                merging=merging,
+                batch=lambda: replace(
+                    self._job_batch(examples, adapter, merging), sink=packer, job=exchange.job, step=step
+                ),
+            )
+        )
+        self._services.observed.passed(self._base.name, len(examples) * length, passed.seconds)
+        return Trained(
+            loss=passed.result.loss,
+            tokens=passed.result.tokens,
+            target_tokens=passed.result.target_tokens,
+            calls=passed.result.calls,
+            seconds=passed.seconds,
+            encode_seconds=packer.seconds,
+            sent=packer.sent,
+        )
 
     def _sizes(self, *, tokens: int, examples: int) -> dict[str, int]:
         """What a batch's captures weigh, by worker."""
@@ -309,39 +422,6 @@ class Attempt:
         }
 
     # --- on the numerics thread -------------------------------------------------------------------------------------
-
-    def _train(
-        self,
-        exchange: Exchange,
-        adapter: JobAdapter,
-        merging: Merging | None,
-        step: int,
-        number: int,
-        examples: Sequence[data.Example],
-    ) -> Trained:
-        started = time.perf_counter()
-        packer = CapturePacker(
-            job=exchange.job,
-            epoch=self._epoch,
-            batch=number,
-            step=step,
-            values=self._spec.wire.values,
-            owners=self._owners,
-            emit=exchange.emit,
-        )
-        self._base.seat.take(merging)
-        batch = self._job_batch(examples, adapter, merging)
-        (result,) = train(self._base, [replace(batch, sink=packer, job=exchange.job, step=step)])
-        packer.finish()
-        return Trained(
-            loss=result.loss,
-            tokens=result.tokens,
-            target_tokens=result.target_tokens,
-            calls=result.calls,
-            seconds=time.perf_counter() - started,
-            encode_seconds=packer.seconds,
-            sent=packer.sent,
-        )
 
     def _fold(
         self, adapter: JobAdapter, merging: Merging | None, workers: Sequence[str], deltas: Sequence[Delta], step: int
@@ -374,25 +454,38 @@ class Attempt:
         for index, (names, tensors) in shards.items():
             adapter.fold(index, names, tensors)
 
-    def _evaluate(self, adapter: JobAdapter, merging: Merging | None) -> float:
-        """The mean loss over the validation file's target tokens."""
-        validation = self._prepared.validation
-        assert validation is not None
-        self._base.seat.take(merging)
-        size = self._spec.hyperparameters.batch_size
+    async def _evaluate(self, adapter: JobAdapter, merging: Merging | None) -> float:
+        """The mean loss over the validation file's target tokens; other jobs' passes go on between its batches."""
+        p, size = self._prepared, self._spec.hyperparameters.batch_size
+        assert p.validation is not None
         loss, targets = 0.0, 0
-        for start in range(0, len(validation.examples), size):
-            batch = self._job_batch(validation.examples[start : start + size], adapter, merging)
-            ((batch_loss, batch_targets),) = evaluate(self._base, [batch])
+        for start in range(0, len(p.validation.examples), size):
+            place = slice(start, start + size)
+            examples = await asyncio.to_thread(p.validation.examples.__getitem__, place)
+            batch_loss, batch_targets = await self._numerics.run(self._evaluate_batch, examples, adapter, merging)
             loss, targets = loss + batch_loss, targets + batch_targets
         return loss / max(1, targets)
+
+    def _evaluate_batch(
+        self, examples: Sequence[Example], adapter: JobAdapter, merging: Merging | None
+    ) -> tuple[float, int]:
+        self._base.seat.take(merging)
+        (result,) = evaluate(self._base, [self._job_batch(examples, adapter, merging)])
+        return result
 
     def _checkpoint(self, job: str, adapter: JobAdapter, metrics: StepMetrics) -> None:
         write_checkpoint(self._services, self._prepared, job, adapter, metrics)
 
-    def _job_batch(self, examples: Sequence[data.Example], adapter: JobAdapter, merging: Merging | None) -> JobBatch:
+    def _job_batch(self, examples: Sequence[Example], adapter: JobAdapter, merging: Merging | None) -> JobBatch:
         ids, mask, labels = data.collate(examples, self._prepared.pad_id, self._prepared.max_positions)
-        return JobBatch(input_ids=ids, attention_mask=mask, labels=labels, adapter=adapter, merged=merging is not None)
+        return JobBatch(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+            adapter=adapter,
+            merged=merging is not None,
+            mean=self._mean,
+        )
 
     async def _convict(self, step: int, workers: list[str]) -> None:
         verdict = self._course.judgement.passed(step, workers)

@@ -47,13 +47,13 @@ class _Waiting:
 
 
 class CapturePacker:
-    """A sink for `cola_server.model.train`; call `finish` after it.
+    """A sink for `cola_server.model.train`.
 
     x goes once to each worker that owns shards of its group. Frames go to `emit(worker, frame)`, on the thread on which
     captures come; an x never leaves after the first g that needs it.
     `sent` is the encoded bytes so far by worker, `seconds` the time spent here.
-    Raises, from `capture` and `finish`: `ColaError(NON_FINITE_CAPTURE)` with the job in its details, before the values
-    concerned are sent; what `emit` raises.
+    Values that are not finite are not sent, nor is anything after them; the pass goes on for the other jobs in it, and
+    `finish` tells: `ColaError(NON_FINITE_CAPTURE)` with the job in its details.
     """
 
     def __init__(
@@ -78,11 +78,14 @@ class CapturePacker:
         self._frames = {worker: _Frame() for worker in sorted(set(owners.values()))}
         self._inputs: set[tuple[str, int, int]] = set()
         self._waiting: deque[_Waiting] = deque()
+        self._error: ColaError | None = None
         self.sent = dict.fromkeys(self._frames, 0)
         self.seconds = 0.0
 
     def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
         """See `cola_server.model.Sink`."""
+        if self._error is not None:
+            return
         started = time.perf_counter()
         worker = self._owners[site.index]
         shared = (worker, site.group, call)
@@ -90,12 +93,17 @@ class CapturePacker:
             self._inputs.add(shared)
             self._take(worker, Part("x", site.group, call), site, x, rows)
         self._take(worker, Part("g", site.index, call), site, g, rows)
-        while self._waiting and _has_come(self._waiting[0]):
-            self._pack(self._waiting.popleft())
+        try:
+            while self._waiting and _has_come(self._waiting[0]):
+                self._pack(self._waiting.popleft())
+        except ColaError as error:
+            self._error = error
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Sends what is left."""
+        """Sends what is left. Raises: `ColaError(NON_FINITE_CAPTURE)`."""
+        if self._error is not None:
+            raise self._error
         started = time.perf_counter()
         while self._waiting:
             waiting = self._waiting.popleft()

@@ -1,6 +1,7 @@
 """The base models of a server, and whether a job's spec fits one of them."""
 
 import difflib
+import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,17 @@ import torch
 
 from cola_common.adapters import Parameters, peft_format
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import JobSpec, ModelCard
+from cola_common.jobs import Estimate, JobSpec, ModelCard
 from cola_common.tensor import nbytes
 from cola_server.jobs import Artefacts
 from cola_server.model import BaseModel, JobAdapter, Site, export_merged, probe
-from cola_server.training.data import PAD_MULTIPLE
+from cola_server.training import data
+from cola_server.training.estimate import Room, Sizes, capture_bytes, parameter_bytes, sizes
 from cola_server.training.numerics import Numerics
+from cola_server.training.observed import Observed
+
+SAMPLE = 256
+"""Examples at the beginning of a file that tell how long its examples are."""
 
 
 class Catalogue:
@@ -29,17 +35,22 @@ class Catalogue:
         *,
         buffer_bytes: int,
         window_bytes: int,
+        room: Room,
+        observed: Observed,
     ) -> None:
         self._models = models
         self._numerics = numerics
         self._artefacts = artefacts
         self._buffer_bytes = buffer_bytes
         self._window_bytes = window_bytes
+        self._room = room
+        self._observed = observed
         self._sites: dict[tuple[str, str, str, int | None], tuple[Site, ...]] = {}
         self._lock = threading.Lock()
 
     def cards(self) -> list[ModelCard]:
         """What clients see of the models."""
+        times = self._numerics.idle.times()
         return [
             ModelCard(
                 id=name,
@@ -47,6 +58,9 @@ class Catalogue:
                 dtype=str(m.dtype).removeprefix("torch."),
                 device=str(m.device),
                 parameters=m.parameters,
+                busy_seconds=times.busy,
+                waiting_seconds=times.waiting,
+                jobless_seconds=times.jobless,
             )
             for name, m in self._models.items()
         ]
@@ -78,22 +92,74 @@ class Catalogue:
     def check(self, spec: JobSpec) -> None:
         """What can be known of a job before its data is read.
 
-        Raises: as `sites` and `start`, and `ColaError(BATCH_TOO_LARGE)`.
+        Raises: as `sites` and `start`, and `ColaError` (BATCH_TOO_LARGE, JOB_TOO_LARGE).
         """
         base = self.model(spec.model)
         labels = 2 if base.task == "sequence-classification" else None  # any count will do: the head is small
         sites = self.sites(spec, labels)
-        length = math.ceil(spec.hyperparameters.max_length / PAD_MULTIPLE) * PAD_MULTIPLE
-        rows = spec.hyperparameters.batch_size * length
-        total = capture_bytes(sites, spec.wire.values, tokens=rows, examples=spec.hyperparameters.batch_size)
+        self._check_batch(spec, sites)
+        self.need(spec, sites)
+        if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
+            start = self.start(spec, sites)
+            JobAdapter.initial(sites, spec.seed, torch.device("cpu"), start, source=spec.adapter.init_from)
+
+    def need(self, spec: JobSpec, sites: Sequence[Site]) -> int:
+        """The memory that admission counts for a job.
+
+        Raises: `ColaError(JOB_TOO_LARGE)` where it would not have that with no other job beside it.
+        """
+        need = self._sizes(spec, sites).server
+        if need > self._room.job_bytes:
+            raise ColaError(Reason.JOB_TOO_LARGE, bytes=need, limit=self._room.job_bytes)
+        return need
+
+    def estimate(self, spec: JobSpec, examples: int, labels: Sequence[str]) -> Estimate:
+        """What such a job would take, on files with so many examples and these labels.
+
+        Raises: as `check`, but for JOB_TOO_LARGE; `ColaError(INVALID_DATASET)`.
+        """
+        base, h = self.model(spec.model), spec.hyperparameters
+        sites = self.sites(spec, len(labels) or None)
+        self._check_batch(spec, sites)
+        of_job = self._sizes(spec, sites)
+        paths = [self._artefacts.file_path(id) for id in (spec.training_file, *spec.joint_files)]
+        rows = data.read_one_by_one(paths, base.task, base.tokenizer, h.max_length, labels)
+        sample = list(itertools.islice(rows, SAMPLE))
+        batch = min(h.batch_size, examples)
+        tokens = batch * sum(len(example.ids) for example in sample) / len(sample)
+        padded = [data.padded_length(sample[i : i + batch]) for i in range(0, len(sample), batch)]
+        batches, steps = data.total_batches(examples, h), data.total_steps(examples, h)
+        sent = capture_bytes(sites, spec.wire.values, tokens=round(tokens), examples=batch) * batches // steps
+        passing = batches * batch * sum(padded) / len(padded)
+        return Estimate(
+            examples=examples,
+            total_steps=steps,
+            trainable_parameters=parameter_bytes(sites) // 4,
+            server_bytes=of_job.server,
+            server_limit_bytes=self._room.job_bytes,
+            adapter_bytes=of_job.adapter,
+            capture_bytes=of_job.captures,
+            pass_bytes=of_job.passing,
+            worker_bytes=of_job.worker,
+            snapshot_bytes=of_job.snapshot,
+            sent_bytes=sent,
+            received_bytes=of_job.delta,
+            seconds=self._observed.seconds(spec.model, passing, steps * (sent + of_job.delta)),
+        )
+
+    def _sizes(self, spec: JobSpec, sites: Sequence[Site]) -> Sizes:
+        return sizes(spec, sites, self._room, window_bytes=self._window_bytes, buffer_bytes=self._buffer_bytes)
+
+    def _check_batch(self, spec: JobSpec, sites: Sequence[Site]) -> None:
+        """Raises: `ColaError(BATCH_TOO_LARGE)`."""
+        h = spec.hyperparameters
+        rows = h.batch_size * math.ceil(h.max_length / data.PAD_MULTIPLE) * data.PAD_MULTIPLE
+        total = capture_bytes(sites, spec.wire.values, tokens=rows, examples=h.batch_size)
         if total > self._buffer_bytes:
             raise ColaError(Reason.BATCH_TOO_LARGE, bytes=total, limit=self._buffer_bytes)
         largest = max(nbytes(spec.wire.values, (rows, max(s.d_in, s.d_out))) for s in sites)
         if largest > self._window_bytes:
             raise ColaError(Reason.BATCH_TOO_LARGE, bytes=largest, limit=self._window_bytes)
-        if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
-            start = self.start(spec, sites)
-            JobAdapter.initial(sites, spec.seed, torch.device("cpu"), start, source=spec.adapter.init_from)
 
     def write_merged(self, spec: JobSpec, adapter: Path, folder: Path) -> None:
         """Writes the whole model with the adapter of the folder `adapter` in its weights, as transformers reads it.
@@ -118,16 +184,3 @@ class Catalogue:
             problem = f"it is {imported.family}, the job asks for {sites[0].family}"
             raise ColaError(Reason.INVALID_ADAPTER, source=source, problem=problem)
         return imported.parameters
-
-
-def capture_bytes(sites: Sequence[Site], values: str, *, tokens: int, examples: int) -> int:
-    """What the captures of a batch weigh on the wire: x once for a group and call, g for every site and call."""
-    seen: set[int] = set()
-    total = 0
-    for site in sites:
-        rows = site.rows(tokens=tokens, examples=examples)
-        total += site.calls * nbytes(values, (rows, site.d_out))
-        if site.group not in seen:
-            seen.add(site.group)
-            total += site.calls * nbytes(values, (rows, site.d_in))
-    return total

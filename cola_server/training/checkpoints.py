@@ -4,7 +4,7 @@ import time
 
 from cola_common import failpoints, ids
 from cola_common.adapters import peft_format
-from cola_common.jobs import Checkpoint, StepMetrics
+from cola_common.jobs import Checkpoint, Job, StepMetrics
 from cola_server.model import JobAdapter
 from cola_server.training.prepared import Prepared
 from cola_server.training.services import Services
@@ -47,3 +47,15 @@ def write_checkpoint(
     if kept.id != id:  # the job came to this step before, under an earlier epoch
         services.artefacts.remove(id)
     return kept
+
+
+def last_adapter(services: Services, job: Job) -> JobAdapter:
+    """The adapter of a job that has succeeded. May wait for the numerics thread: not for that thread.
+
+    Raises: `ColaError(INVALID_FILE)`.
+    """
+    (checkpoint,) = services.store.checkpoints(job.id, limit=1)
+    imported = peft_format.load(services.artefacts.verify_checkpoint(checkpoint))
+    sites = services.catalogue.sites(job.spec, None)
+    device = services.catalogue.model(job.spec.model).device
+    return JobAdapter.initial(sites, job.spec.seed, device, imported.parameters, source=checkpoint.id)

@@ -6,7 +6,7 @@ Legend: B examples of a batch, T its padded length.
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Hyperparameters
 from cola_server.jobs import jsonl
 from cola_server.training import masks
+from cola_server.training.examples import Example, Stored
 
 NO_TARGET = -100
 """The label of a token that is no target, as transformers and torch have it."""
@@ -27,18 +28,10 @@ batch alone, so that a job's bits do not depend on its neighbours."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids, without padding; labels are one a token (`NO_TARGET` for no target), or the example's class."""
-
-    ids: Sequence[int]
-    labels: Sequence[int] | int
-
-
-@dataclass(frozen=True)
 class Dataset:
     """The examples of a file. For classification, `label_names[i]` is the name of class i."""
 
-    examples: Sequence[Example]
+    examples: Stored
     task: str
     label_names: tuple[str, ...] | None
 
@@ -49,25 +42,40 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     label_names: Sequence[str] | None = None,
+    joint: Sequence[Path] = (),
+    folder: Path | None = None,
 ) -> Dataset:
-    """The examples of a JSONL file (formats: `cola_server.jobs.jsonl`), each cut to `max_length` tokens.
+    """The examples of a JSONL file (formats: `cola_server.jobs.jsonl`), then those of the `joint` files, each cut to
+    `max_length` tokens.
 
     `task` is "causal-lm" or "sequence-classification". A validation file takes the training file's `label_names`;
-    without them the classes are the file's own labels, in order.
+    without them the classes are the files' own labels, in order. The examples are kept in a file in `folder`.
 
-    Raises: `ColaError(INVALID_DATASET)` with the first wrong line.
+    Raises: `ColaError(INVALID_DATASET)` with the first wrong line; `ColaError(STORAGE_FULL)`.
     """
     if task == "sequence-classification" and label_names is None:
-        label_names = tuple(str(label) for label in jsonl.survey(path, path.name, task).labels or ())
-    classes = {name: number for number, name in enumerate(label_names or ())}
-    examples = []
-    for line, record in jsonl.parse(path, path.name, task):
-        try:
-            examples.append(_example(record, tokenizer, max_length, classes))
-        except masks.UnmaskableError as error:
-            raise ColaError(Reason.INVALID_DATASET, file=path.name, line=line, problem=error) from None
+        survey = jsonl.survey_all([(each, each.name) for each in (path, *joint)], task)
+        label_names = tuple(str(label) for label in survey.labels or ())
+    examples = Stored(read_one_by_one((path, *joint), task, tokenizer, max_length, label_names or ()), folder)
     names = tuple(label_names) if label_names is not None and task == "sequence-classification" else None
     return Dataset(examples, task, names)
+
+
+def read_one_by_one(
+    paths: Sequence[Path],
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    label_names: Sequence[str],
+) -> Iterator[Example]:
+    """The examples of files, as they are read; arguments and errors as those of `read`."""
+    classes = {name: number for number, name in enumerate(label_names)}
+    for path in paths:
+        for line, record in jsonl.parse(path, path.name, task):
+            try:
+                yield _example(record, tokenizer, max_length, classes)
+            except masks.UnmaskableError as error:
+                raise ColaError(Reason.INVALID_DATASET, file=path.name, line=line, problem=error) from None
 
 
 def _example(
@@ -108,7 +116,7 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._latest = (0, self._order(0))
+        self._latest = (-1, torch.empty(0))  # a job that waits in line needs none
 
     @property
     def per_epoch(self) -> int:
@@ -120,14 +128,14 @@ class Batches:
         epoch, place = divmod(number, self.per_epoch)
         if self._latest[0] != epoch:
             self._latest = (epoch, self._order(epoch))
-        return self._latest[1][place * self._batch_size : (place + 1) * self._batch_size]
+        return self._latest[1][place * self._batch_size : (place + 1) * self._batch_size].tolist()
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> torch.Tensor:
         if not self._shuffle:
-            return list(range(self._examples))
+            return torch.arange(self._examples, dtype=torch.int32)
         seed = hashlib.sha256(f"order of epoch {epoch}, seed {self._seed}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "big", signed=True))
-        return torch.randperm(self._examples, generator=generator).tolist()
+        return torch.randperm(self._examples, generator=generator).to(torch.int32)
 
 
 def total_batches(examples: int, hyperparameters: Hyperparameters) -> int:
@@ -142,18 +150,22 @@ def total_steps(examples: int, hyperparameters: Hyperparameters) -> int:
     return math.ceil(total_batches(examples, hyperparameters) / hyperparameters.adaptation_interval)
 
 
+def padded_length(examples: Sequence[Example], max_positions: int | None = None) -> int:
+    """T of a batch of these: a function of its own rows alone."""
+    longest = max(len(example.ids) for example in examples)
+    length = math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
+    return length if max_positions is None else min(length, max(longest, max_positions))
+
+
 def collate(
     examples: Sequence[Example], pad_id: int, max_positions: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One batch's tensors, all int64: ids B×T, padded on the right; attention mask B×T, 0 at padding, whatever its id
     is elsewhere; labels, B×T with `NO_TARGET` at padding, or B classes.
 
-    T is a multiple of `PAD_MULTIPLE`, or `max_positions` where the model has no more.
+    T is `padded_length`: a multiple of `PAD_MULTIPLE`, or `max_positions` where the model has no more.
     """
-    longest = max(len(example.ids) for example in examples)
-    length = math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
-    if max_positions is not None:
-        length = min(length, max(longest, max_positions))
+    length = padded_length(examples, max_positions)
     ids_BT = torch.full((len(examples), length), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     labels_BT = torch.full_like(ids_BT, NO_TARGET)

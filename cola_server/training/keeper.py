@@ -81,7 +81,7 @@ class Keeper:
             except ColaError as error:
                 raise WorkerBlamed(worker, step - 1, error) from None
         epoch = self._exchange.epoch
-        self._snapshots.write(Snapshot(epoch, step, trained_tokens, parameters, optimizer, digests))
+        self._snapshots.write(Snapshot(epoch, step, trained_tokens, list(parameters), optimizer, digests))
 
     @staticmethod
     def _unpack(

@@ -11,10 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import structlog
+
 from cola_common.messages import Heartbeat
+from cola_server.training.idle import Idle
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 class Numerics:
@@ -22,6 +27,7 @@ class Numerics:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="numerics")
+        self.idle = Idle()
         self._finished = 0
         self._began: float | None = None
 
@@ -38,6 +44,10 @@ class Numerics:
         """The same for callers on other threads that may block. Not for the event loop."""
         return self._submit(partial(function, *args, **kwargs)).result()
 
+    def post(self, function: Callable[[], None]) -> None:
+        """The same for callers that do not wait: what `function` raises is logged."""
+        self._submit(function).add_done_callback(_log_error)
+
     def close(self) -> None:
         """Waits for what runs and drops what waits."""
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -46,9 +56,15 @@ class Numerics:
         def timed() -> T:
             self._began = time.monotonic()
             try:
-                return function()
+                with self.idle.working():
+                    return function()
             finally:
                 self._began = None
                 self._finished += 1
 
         return self._executor.submit(timed)
+
+
+def _log_error(done: "Future[None]") -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.error("numerics broke", exc_info=error)

@@ -1,15 +1,22 @@
 """Which workers may own a job's shards: placement with what the job has learnt of its workers."""
 
 import asyncio
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from cola_server.fleet import Candidate, ShardLoad, effort, place
+from cola_common.messages import Calls
+from cola_server.fleet import Candidate, Load, carried, place
 from cola_server.training.judgement import Judgement
+from cola_server.training.loads import Loads
 from cola_server.training.prepared import Prepared
 from cola_server.training.services import Services
 from cola_server.training.snapshots import Snapshot
 
-WORTH_A_MOVE = 3.0  # times less effort: a move costs a snapshot, and what workers measure of themselves is noisy
+MOVE_SECONDS = 5.0
+"""What a move must gain a job that runs, and waits for a snapshot, a new epoch and its assignment: twice what these
+take, since on a busy machine a worker may just have had bad luck.
+"""
 
 
 class Owners:
@@ -19,16 +26,20 @@ class Owners:
         self._prepared = prepared
         self._fleet = services.fleet
         self._parts = services.split
+        self._interval = prepared.spec.hyperparameters.adaptation_interval
         self._judgement = judgement
         self._moves = services.moves
         self._destination: Mapping[int, str] | None = None
         """Where the job is on its way to, if it is."""
         self._slow: set[str] = set()
-        self._shards = [ShardLoad(s.index, s.group, prepared.parameter_bytes(s)) for s in prepared.sites]
+        self._loads = Loads(prepared)
 
-    def avoid(self, workers: Collection[str]) -> None:
-        """These were too slow: others go first from now on."""
+    def avoid(self, owners: Mapping[int, str], workers: Collection[str], seconds: float) -> None:
+        """These were too slow with a step, which is not done after so long: others go first from now on."""
         self._slow.update(workers)
+        loads = self.load(owners)
+        for worker in workers:
+            self._fleet.late(worker, loads[worker].work * self._interval, seconds)
 
     def find(self, start: Snapshot | None) -> Mapping[int, str] | None:
         """Shard number -> worker for a job that goes on from `start`; None where the workers cannot carry it now."""
@@ -36,19 +47,30 @@ class Owners:
         if self._destination is not None and set(self._destination.values()) <= {c.worker for c in candidates}:
             return self._destination  # whose disks know nothing of the job, or it would have been there before
         fast = [c for c in candidates if c.worker not in self._slow]
-        return place(self._shards, fast, self._parts) or place(self._shards, candidates, self._parts)
+        left = self._left(start.step if start else 0)
+        return self._place(fast, batches=left) or self._place(candidates, batches=left)
 
     def elsewhere(self, workers: Collection[str]) -> bool:
         """Whether the job could go on without these."""
         out = {*workers, *self._slow}
-        return place(self._shards, [c for c in self._candidates(None) if c.worker not in out], self._parts) is not None
+        return self._place([c for c in self._candidates(None) if c.worker not in out]) is not None
 
-    def better(self, owners: Mapping[int, str]) -> bool:
-        """Whether the workers that attend now could carry the job with far less effort than `owners`. If so no other
-        job may move until this one has `settled`: all would go to the same place.
+    def load(self, owners: Mapping[int, str]) -> Mapping[str, Load]:
+        """What a batch asks of each owner."""
+        return carried(self._loads.shards, owners)
+
+    def stepped(self, owners: Mapping[int, str], calls: Iterable[Calls], seconds: Mapping[str, float]) -> None:
+        """A step with these calls took each worker so long."""
+        for worker, work in self._loads.work(owners, calls).items():
+            self._fleet.observe(worker, work, seconds[worker])
+
+    def better(self, owners: Mapping[int, str], step: int, waited: float) -> bool:
+        """Whether a move from `owners` pays before the job ends, which is at `step` and waits for its workers so many
+        seconds a step: it cannot gain more. If so no other job may move until this one has `settled`: all would go to
+        the same place.
         """
         if not self._moves.locked():
-            self._destination = self._far_better(owners)
+            self._destination = self._far_better(owners, step, waited)
             if self._destination is not None:
                 self._moves.acquire(blocking=False)
         return self._destination is not None
@@ -59,13 +81,19 @@ class Owners:
             self._destination = None
             self._moves.release()
 
-    def _far_better(self, owners: Mapping[int, str]) -> Mapping[int, str] | None:
-        candidates = [c for c in self._candidates(None) if c.worker not in self._slow or c.worker in owners.values()]
-        found = place(self._shards, candidates, self._parts)
-        if found is None or not set(owners.values()) <= {c.worker for c in candidates}:
+    def _far_better(self, owners: Mapping[int, str], step: int, waited: float) -> Mapping[int, str] | None:
+        left, most = self._left(step), waited / self._interval
+        if left * most <= MOVE_SECONDS:
+            return None  # whatever there may be elsewhere
+        candidates = [
+            replace(c, owned=frozenset(index for index, worker in owners.items() if worker == c.worker))
+            for c in self._candidates(None)
+            if c.worker not in self._slow or c.worker in owners.values()
+        ]
+        if not set(owners.values()) <= {c.worker for c in candidates}:
             return None
-        gain = effort(self._shards, candidates, owners) / effort(self._shards, candidates, found)
-        return found if gain >= WORTH_A_MOVE else None
+        found = self._place(candidates, batches=left, restart=MOVE_SECONDS, most=most)
+        return None if found == owners else found
 
     def owned(self, owners: Mapping[int, str], start: Snapshot) -> set[int]:
         """The shards whose state their owners have on their disks."""
@@ -75,6 +103,15 @@ class Owners:
     def change(self) -> asyncio.Future[None]:
         """As `Fleet.change`."""
         return self._fleet.change()
+
+    def _place(
+        self, candidates: Sequence[Candidate], *, batches: int = 0, restart: float = 0.0, most: float = math.inf
+    ) -> Mapping[int, str] | None:
+        return place(self._loads.shards, candidates, self._parts, batches=batches, restart=restart, most=most)
+
+    def _left(self, step: int) -> int:
+        """Batches from `step` on."""
+        return self._prepared.total_batches - step * self._interval
 
     def _candidates(self, start: Snapshot | None) -> list[Candidate]:
         state = {s.name: (s.index, start.digests[s.index]) for s in self._prepared.sites} if start else {}

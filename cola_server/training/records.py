@@ -8,6 +8,7 @@ from typing import Literal
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import FileObject, Job, JobFailure, JobStatus, StepMetrics
 from cola_server.jobs import JobStore
+from cola_server.jobs.rows import sources_of
 from cola_server.training.snapshots import Snapshot
 
 
@@ -26,11 +27,14 @@ class Records:
         """The uploads that the job reads."""
 
         def read() -> list[FileObject]:
-            spec = self._store.job(self._job).spec
-            ids = (spec.training_file, spec.validation_file, spec.adapter.init_from)
-            return [self._store.file(id) for id in ids if id is not None and id.startswith("file-")]
+            sources = sources_of(self._store.job(self._job).spec)
+            return [self._store.file(id) for id in sources if id.startswith("file-")]
 
         return await asyncio.to_thread(read)
+
+    async def members(self) -> list[Job]:
+        """The jobs of its collaboration, oldest first."""
+        return await asyncio.to_thread(self._store.members, self._job)
 
     async def validated(self, examples: int, total_steps: int) -> None:
         """The files are read: the job may run."""
@@ -66,6 +70,18 @@ class Records:
             return epoch
 
         return await asyncio.to_thread(write)
+
+    async def await_group(self, text: str) -> None:
+        """The job waits for others."""
+
+        def write() -> None:
+            if self._store.job(self._job).status == JobStatus.RUNNING:
+                with _unless_illegal():
+                    self._store.transition(self._job, JobStatus.QUEUED, source=JobStatus.RUNNING, event=text)
+            else:
+                self._store.add_event(self._job, text)
+
+        await asyncio.to_thread(write)
 
     async def waiting(self, waiting: bool) -> None:
         """Whether the job waits for workers."""

@@ -4,15 +4,20 @@ Whatever fails, and whatever is planned, the job goes on from its last snapshot:
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import structlog
 
 from cola_common import failpoints
 from cola_common.errors import ColaError, Reason
+from cola_common.jobs import JobStatus
 from cola_server.fleet import WorkerBlamed, WorkerLost, WorkerSlow
 from cola_server.training.attempt import Attempt, Course, End
 from cola_server.training.cadence import Cadence
+from cola_server.training.checkpoints import last_adapter
+from cola_server.training.group import Group, Parted, Session
 from cola_server.training.judgement import Judgement
 from cola_server.training.owners import Owners
 from cola_server.training.prepared import Prepared
@@ -24,13 +29,24 @@ from cola_server.training.turn import Stopped, Turn
 log = structlog.get_logger(__name__)
 
 LONGEST_PAUSE_SECONDS = 10.0  # between attempts of which none comes to a step
+PUT_RIGHT_BY_THE_OPERATOR = (Reason.STORAGE_FULL, Reason.JOB_TOO_LARGE)
+"""What keeps a job from being prepared and is not its own fault: it fitted when it was made. It waits for its user."""
 HOLD_SECONDS = 2.0  # between attempts to note on a full disk that it is full
 
 
 class JobRun:
     """A job from its first batch to its last checkpoint; see the module."""
 
-    def __init__(self, job: str, services: Services, turn: Turn, preparing: asyncio.Lock) -> None:
+    def __init__(
+        self,
+        job: str,
+        services: Services,
+        turn: Turn,
+        preparing: Callable[[], AbstractAsyncContextManager[None]],
+        group: Group | None,
+    ) -> None:
+        """`preparing` is held while the job's files are read; `group` is the job's collaboration, if it is in one."""
+        self._group = group
         self._job = job
         self._services = services
         self._turn = turn
@@ -50,21 +66,25 @@ class JobRun:
         except Stopped:
             pass
         except ColaError as error:
-            await self._records.finish(error)
+            await self._fail(error)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-            await self._records.finish(ColaError(Reason.INTERNAL, problem=problem))
+            await self._fail(ColaError(Reason.INTERNAL, problem=f"{type(error).__name__}: {error}"))
             raise
         finally:
             await asyncio.to_thread(self._tidy)
 
+    async def _fail(self, error: ColaError) -> None:
+        await self._records.finish(error)
+        if self._group is not None:
+            self._group.dissolve(self._job)
+
     async def _prepare(self) -> Course:
         while True:
             try:
-                async with self._preparing:
+                async with self._preparing():
                     return await self._read()
             except ColaError as error:
-                if error.reason != Reason.STORAGE_FULL:
+                if error.reason not in PUT_RIGHT_BY_THE_OPERATOR:
                     raise
                 await self._hold(error)
                 await self._turn.wanted()
@@ -74,11 +94,13 @@ class JobRun:
         job = await records.job()
         files = await records.files()
         prepared = await asyncio.to_thread(Prepared, job, files, services.catalogue, services.artefacts)
+        self._turn.bytes = prepared.need
         await records.validated(len(prepared.training.examples), prepared.total_steps)
         if prepared.without_target:
             length = prepared.spec.hyperparameters.max_length
             text = f"{prepared.without_target} examples have no target left within max_length={length}."
             await records.tell(text, level="warn")
+        await self._meet_the_ended()
         judgement = Judgement()
         return Course(
             prepared=prepared,
@@ -90,6 +112,15 @@ class JobRun:
             cadence=Cadence(services.snapshots, prepared.state_bytes),
             turn=self._turn,
         )
+
+    async def _meet_the_ended(self) -> None:
+        """Members of the group that have succeeded, under an earlier server, stay in its mean as they ended."""
+        if self._group is None:
+            return
+        for member in await self._records.members():
+            if member.status == JobStatus.SUCCEEDED and member.id not in self._group.ended:
+                adapter = await asyncio.to_thread(last_adapter, self._services, member)
+                self._group.end({member.id: adapter})
 
     async def _running(self) -> None:
         """Waits until the job is the store's to run, giving up the turn as long as its user holds it."""
@@ -117,8 +148,9 @@ class JobRun:
                 await self._running()
         except WorkerLost as lost:
             await self._records.tell(f"Worker {lost.worker} is lost: {lost.problem}.", level="warn")
+        except Parted as parted:
+            await self._records.tell(f"The group goes back together: {parted}.", level="warn")
         except WorkerSlow as slow:
-            course.owners.avoid(slow.workers)
             await self._records.tell(f"The job moves: {slow}.", level="warn")
         except WorkerBlamed as fault:
             text = f"Worker {fault.worker}, step {fault.step + 1}: {fault.error}."
@@ -135,10 +167,53 @@ class JobRun:
     async def _attempt(self, course: Course) -> End:
         if self._fruitless:
             await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.05 * 2**self._fruitless))
-        start, damaged = await asyncio.to_thread(course.snapshots.newest)
+        group = None if self._group is None or self._job in self._group.ended else self._group
+        session = Session([self._job]) if group is None else await self._meet(group)
+        if session is None:
+            return End.INTERRUPTED
+        end = None
+        try:
+            end = await self._try(course, session, group)
+        finally:
+            if end != End.FINISHED:
+                session.part(self._job)
+        return end
+
+    async def _meet(self, group: Group) -> Session | None:
+        """Waits for the other members. Returns: None where the job is asked to give up its turn first."""
+        interruption = asyncio.ensure_future(self._turn.interruption())
+        entering = group.enter(self._job)
+        try:
+            either: list[asyncio.Future[Any]] = [entering, interruption]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return entering.result() if entering.done() else None
+        finally:
+            interruption.cancel()
+            group.turn_away(self._job)
+
+    async def _start(self, course: Course, session: Session, group: Group | None) -> Snapshot | None:
+        """The newest snapshot; in a group, that of the latest step of which all members have one."""
+        snapshots = course.snapshots
+        if group is None:
+            start, damaged = await asyncio.to_thread(snapshots.newest)
+            await self._set_aside(damaged)
+            return start
+        while True:
+            steps = await session.meet(self._job, await asyncio.to_thread(snapshots.steps))
+            step = max(set.intersection(*steps.values()))
+            start, damaged = await asyncio.to_thread(snapshots.at, step)
+            await self._set_aside(damaged)
+            if all((await session.meet(self._job, step == 0 or start is not None)).values()):
+                await asyncio.to_thread(snapshots.rewind, step)
+                return start
+
+    async def _set_aside(self, damaged: Sequence[str]) -> None:
         for name in damaged:
             text = f"Snapshot {name} is damaged and set aside; the one before it is used."
             await self._records.tell(text, level="warn")
+
+    async def _try(self, course: Course, session: Session, group: Group | None) -> End:
+        start = await self._start(course, session, group)
         owners = await self._place(course, start)
         if owners is None:
             return End.INTERRUPTED
@@ -146,7 +221,7 @@ class JobRun:
         epoch = await self._records.begin_epoch(start)
         failpoints.hit("epoch.after_commit")
         log.info("attempt", job=self._job, epoch=epoch, step=start.step if start else 0, workers=set(owners.values()))
-        attempt = Attempt(course, epoch, owners, start)
+        attempt = Attempt(course, epoch, owners, start, session, group)
         try:
             return await attempt.run()
         finally:

@@ -30,10 +30,15 @@ class Snapshot:
     epoch: int
     step: int
     trained_tokens: int
-    parameters: Sequence[Parameters]
-    optimizer: Sequence[Parameters]
+    parameters: list[Parameters]
+    optimizer: list[Parameters]
     digests: Sequence[str]
     """Of each shard's parameters and optimizer state together."""
+
+    def let_go(self) -> None:
+        """Drops the tensors: a job that has gone on from here needs to know no more than which step it was."""
+        self.parameters.clear()
+        self.optimizer.clear()
 
 
 class Snapshots:
@@ -51,8 +56,25 @@ class Snapshots:
 
         Raises: `ColaError(BASE_MODEL_CHANGED)`.
         """
-        damaged: list[str] = []
+        return self._first_whole(self._artefacts.snapshots(self._job))
+
+    def steps(self) -> set[int]:
+        """The steps that there are snapshots of, whole or not; 0 needs none."""
+        return {0, *(_step(path) for path in self._artefacts.snapshots(self._job))}
+
+    def at(self, step: int) -> tuple[Snapshot | None, list[str]]:
+        """As `newest`, of the snapshots of that step alone."""
+        return self._first_whole([path for path in self._artefacts.snapshots(self._job) if _step(path) == step])
+
+    def rewind(self, step: int) -> None:
+        """Removes the snapshots of later steps: the job goes on from this one."""
         for path in self._artefacts.snapshots(self._job):
+            if _step(path) > step:
+                self._artefacts.discard(path)
+
+    def _first_whole(self, paths: Sequence[Path]) -> tuple[Snapshot | None, list[str]]:
+        damaged: list[str] = []
+        for path in paths:
             try:
                 return self._read(path), damaged
             except (SafetensorError, OSError, LookupError, ValueError):
@@ -102,3 +124,7 @@ class Snapshots:
         if states != about["digests"]:
             raise ValueError("its tensors do not match their digests")
         return Snapshot(about["epoch"], about["step"], about["trained_tokens"], parameters, optimizer, states)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[0])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import threading
 import time
 
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 from cola_common import __version__, ids
 from cola_common.client import Client, Reason
 from cola_common.client.cli import app
+from cola_common.client.commands import session
+from cola_common.client.commands.session import REFRESH_SECONDS
 from cola_common.client.connection import PATIENCE_SECONDS
 from cola_common.client.sync import Models
+from cola_common.client.tables import JOBS
 from cola_common.client.watch import watch
-from cola_common.jobs import FileObject, Job, JobStatus
+from cola_common.jobs import Estimate, FileObject, Job, JobStatus
 from tests.support.fake_server import running
 
 
@@ -109,6 +113,24 @@ def test_a_path_in_place_of_a_files_id_is_uploaded(cola, served, tmp_path):
     assert created["spec"]["training_file"] == file.id
 
 
+def test_joint_files_are_uploaded_in_their_order_and_a_group_is_asked_for(cola, served, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    known = ids.new("file")
+    joint = [argument for file in (tmp_path / "b", known, tmp_path / "a") for argument in ("--joint-file", file)]
+    group = ["--group", "ours", "--group-size", "3"]
+    create = ["jobs", "create", "--model", "tiny", "--training-file", ids.new("file"), *joint, *group]
+    created = as_json(cola, *create, "--idempotency-key", "one")
+    assert created["spec"]["collaboration"] == {"group": "ours", "size": 3}
+    first, second, third = created["spec"]["joint_files"]
+    assert second == known
+    assert [served.state.contents[file] for file in (first, third)] == [b"b", b"a"]
+    assert as_json(cola, *create, "--idempotency-key", "one")["id"] == created["id"]
+    shown = cola("jobs", "retrieve", created["id"]).stdout
+    assert "ours, 3 jobs" in shown
+    assert known in shown
+
+
 def test_a_key_finds_what_it_made(cola, served, tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b"row\n")
     upload = ["files", "create", tmp_path / "train.jsonl", "--idempotency-key", "data"]
@@ -127,6 +149,7 @@ def test_a_key_finds_what_it_made(cola, served, tmp_path):
         (["--model", "tiny", "--training-file", "x", "--set", "nonsense"], "field=value"),
         (["--model", "tiny", "--training-file", "x", "--set", "seed.x.y=1", "--seed", "1"], "seed is no table"),
         (["--model", "tiny", "--training-file", "x", "--set", "adapter.q=1"], "adapter.lora.q: no such field"),
+        (["--model", "tiny", "--training-file", "x", "--group", "g"], "collaboration.size: Field required"),
         (["--model", "huge", "--training-file", ids.new("file")], "no model 'huge' here; there is tiny"),
         (["none.toml"], "none.toml: No such file or directory"),
     ],
@@ -155,6 +178,15 @@ def test_a_job_is_shown_and_steered(cola, served, job):
     assert Job.model_validate(as_json(cola, "jobs", "retrieve", job)) == served.state.jobs[job]
     cola("jobs", "cancel", job)
     assert "cannot become paused" in cola("jobs", "pause", job, code=1).stderr
+
+
+@pytest.mark.parametrize(("place", "told"), [(1, "queued, next in line"), (7, "queued, place 7 in line")])
+def test_a_waiting_job_is_shown_with_its_place_and_another_tenants_with_its_name(cola, served, job, place, told):
+    served.state.jobs[job] = served.state.jobs[job].model_copy(update={"queue_place": place, "tenant": "alice"})
+    assert told in cola("jobs", "list").stdout
+    assert told in cola("jobs", "retrieve", job).stdout
+    assert ["tenant", "alice"] in [line.split() for line in cola("jobs", "retrieve", job).stdout.split("\n")]
+    assert as_json(cola, "jobs", "retrieve", job)["queue_place"] == place
 
 
 def test_a_list_says_where_to_go_on(cola, job):
@@ -203,6 +235,124 @@ def test_models_and_workers_in_both_formats(cola, served):
     assert "no worker 'me' attends" in cola("workers", "drain", "me", code=1).stderr
     served.state.workers.clear()
     assert cola("workers", "list").stdout == "No workers.\n"
+
+
+def test_an_estimate_takes_the_fields_of_create_makes_nothing_and_keeps_no_file(cola, served, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"row\n")
+    flags = ["--model", "tiny", "--training-file", path, "--r", 4, "--set", "wire.values=fp16", "--batch-size", 2]
+    told = as_json(cola, "jobs", "estimate", *flags)
+    assert Estimate.model_validate(told) == served.state.estimate
+    (spec,) = served.state.estimated
+    assert (spec.model, spec.wire.values, spec.hyperparameters.batch_size) == ("tiny", "fp16", 2)
+    assert spec.adapter.model_dump()["r"] == 4
+    assert not served.state.jobs
+    assert not served.state.files
+    text = cola("jobs", "estimate", *flags).stdout
+    for words in ("461k parameters", "250", "unknown yet", "52.0 MB of 16.0 GB", "1.02 GB in the model", "14.2 MB to"):
+        assert words in text, text
+    served.state.estimate = served.state.estimate.model_copy(update={"server_limit_bytes": 1000, "seconds": 90.0})
+    text = cola("jobs", "estimate", *flags).stdout
+    assert "52.0 MB more than the 1.00 kB" in text
+    assert "1:30 with the server to itself" in text
+    assert not served.state.files
+
+
+def test_create_and_estimate_take_the_same_flags(cola):
+    def flags(command):
+        return set(re.findall(r"--[a-z-]+", cola("jobs", command, "--help").stdout))
+
+    assert flags("create") - flags("estimate") == {"--idempotency-key", "--watch"}
+    assert flags("estimate") < flags("create")
+
+
+def test_models_tell_what_the_model_thread_does_with_its_time(cola, served):
+    heading, row = cola("models", "list").stdout.splitlines()
+    assert heading.split()[-4:] == ["busy", "waits", "no", "jobs"]
+    assert row.split()[-3:] == ["30%", "10%", "60%"]
+    served.state.models[0] = served.state.models[0].model_copy(
+        update=dict.fromkeys(("busy_seconds", "waiting_seconds", "jobless_seconds"), 0.0)
+    )
+    assert "busy" not in cola("models", "list").stdout
+
+
+# --- watching lists --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Lets what watches look as often as there are functions: each is called after a look, then comes Ctrl-C."""
+
+    def play(*between):
+        acts = iter(between)
+
+        def sleep(seconds):
+            assert seconds == REFRESH_SECONDS
+            act = next(acts, None)
+            if act is None:
+                raise KeyboardInterrupt
+            act()
+
+        monkeypatch.setattr(session.time, "sleep", sleep)
+
+    return play
+
+
+def nothing():
+    pass
+
+
+def test_watching_jobs_in_lines_tells_what_is_new_or_has_changed(cola, served, job, rounds):
+    made = []
+    rounds(
+        nothing,
+        lambda: served.state.become(job, JobStatus.RUNNING),
+        lambda: served.state.step(job),
+        nothing,
+        lambda: made.append(
+            cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file")).stdout.strip()
+        ),
+    )
+    lines = cola("jobs", "list", "--watch", code=130).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [job, job, job, *made]
+    assert [line.split()[1] for line in lines[:3]] == ["queued", "running", "running"]
+    assert "1/200" in lines[2]
+
+
+def test_watching_workers_as_json_gives_a_record_a_line(cola, served, rounds):
+    first = served.state.workers[0]
+
+    def drain():
+        served.state.workers[0] = first.model_copy(update={"status": "draining"})
+
+    rounds(nothing, drain, nothing)
+    lines = cola("workers", "list", "--watch", "--format", "json", code=130).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["id"], record["status"]) for record in records] == [
+        (first.id, "attending"),
+        (served.state.workers[1].id, "lost"),
+        (first.id, "draining"),
+    ]
+
+
+def test_watching_on_a_terminal_redraws_one_table(served, job, rounds, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    made = session.Session(
+        server=served.address, token_file=None, root_certificates=None, insecure=False, format=session.Format.TABLE
+    )
+    with made as opened:
+        opened.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+        rounds(lambda: served.state.become(job, JobStatus.RUNNING), served.state.jobs.clear)
+        with pytest.raises(KeyboardInterrupt):
+            opened.watch(JOBS, opened.client.fine_tuning.jobs.list, none="No jobs.")
+        text = opened.console.file.getvalue()
+    assert "\x1b[1A" in text  # the cursor went up, to draw over what was there
+    assert text.index("queued") < text.index("running") < text.index("No jobs.")
+
+
+def test_what_watches_ends_when_the_server_is_gone(cola, served, job, rounds):
+    rounds(served.stop)
+    assert "cannot be reached" in cola("jobs", "list", "--watch", code=1).stderr
 
 
 # --- following -------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ SPECS = [
     {"hyperparameters": {"n_epochs": "auto", "max_steps": 7, "optimizer": "sgd", "momentum": 0.9, "nesterov": True}},
     {"seed": 2**62, "suffix": "mine", "metadata": {"a": "b"}, "method": {"type": "supervised"}},
     {"validation_file": FILE, "adapter": {"type": "lora", "init_from": FILE}},
+    {"joint_files": [FILE, ids.new("file")], "collaboration": {"group": "ours", "size": 3}},
 ]
 
 
@@ -121,6 +122,31 @@ async def test_what_is_neither_id_nor_folder_cannot_be_continued_from(client):
     with pytest.raises(ColaError, match="no folder on this machine") as caught:
         await create(client, adapter={"type": "lora", "init_from": "no/such/folder"})
     assert caught.value.reason is Reason.INVALID_ADAPTER
+
+
+async def test_an_estimate_makes_no_job_and_keeps_no_adapter(client, served, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    for source in (None, tmp_path):
+        fields = {"model": "tiny", "training_file": FILE, "adapter": {"type": "lora", "r": 4, "init_from": source}}
+        assert await client.fine_tuning.jobs.estimate(**fields, seed=None) == served.state.estimate
+    plain, from_folder = served.state.estimated
+    assert plain == JobSpec.parse({**fields, "adapter": {"type": "lora", "r": 4}})
+    assert from_folder.adapter.init_from is not None
+    assert served.state.calls["Files.Create"] == served.state.calls["Files.Delete"] == 1
+    assert not served.state.jobs
+    assert not served.state.files
+
+
+async def test_an_adapter_that_was_sent_for_an_estimate_goes_also_where_that_is_refused(client, served, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    served.state.faults["Jobs.Estimate"] = [Reason.UNAUTHENTICATED]
+    with pytest.raises(ColaError):
+        await client.fine_tuning.jobs.estimate(
+            model="tiny", training_file=FILE, adapter={"type": "lora", "init_from": tmp_path}
+        )
+    assert not served.state.files
 
 
 async def test_iterating_jobs_and_events_runs_over_all_pages(client, served):

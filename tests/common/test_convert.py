@@ -49,6 +49,8 @@ SPECS = st.builds(
     jobs.JobSpec,
     model=TEXT,
     training_file=TEXT,
+    joint_files=st.lists(TEXT, max_size=2).map(tuple),
+    collaboration=st.none() | st.builds(jobs.Collaboration, group=st.just("g-1"), size=st.integers(2, 1024)),
     validation_file=st.none() | TEXT,
     seed=COUNT,
     suffix=st.none() | st.just("my-model.1"),
@@ -74,6 +76,8 @@ JOBS = st.builds(
     total_steps=st.none() | COUNT,
     epoch=COUNT,
     waiting_for_workers=st.booleans(),
+    tenant=TEXT,
+    queue_place=st.none() | COUNT,
 )
 EVENTS = st.builds(
     jobs.JobEvent,
@@ -94,7 +98,13 @@ CHECKPOINTS = st.builds(
 )
 FILES = st.builds(jobs.FileObject, id=TEXT, filename=TEXT, bytes=COUNT, created_at=NUMBER, digest=TEXT)
 CARDS = {"task": st.sampled_from(["causal-lm", "sequence-classification"]), "dtype": TEXT, "device": TEXT}
-MODELS = st.builds(jobs.ModelCard, id=TEXT, parameters=COUNT, **CARDS)
+TIMES = dict.fromkeys(("busy_seconds", "waiting_seconds", "jobless_seconds"), NUMBER)
+MODELS = st.builds(jobs.ModelCard, id=TEXT, parameters=COUNT, **TIMES, **CARDS)
+ESTIMATES = st.builds(
+    jobs.Estimate,
+    seconds=st.none() | NUMBER,
+    **{name: COUNT for name, field in jobs.Estimate.model_fields.items() if field.annotation is int},
+)
 WORKERS = st.builds(
     jobs.WorkerCard,
     id=TEXT,
@@ -117,6 +127,7 @@ METRICS = st.builds(
 RECORDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "spec": (SPECS, convert.spec_to_wire, convert.spec_from_wire),
     "job": (JOBS, convert.job_to_wire, convert.job_from_wire),
+    "estimate": (ESTIMATES, convert.estimate_to_wire, convert.estimate_from_wire),
     "event": (EVENTS, convert.event_to_wire, convert.event_from_wire),
     "metrics": (METRICS, convert.metrics_to_wire, convert.metrics_from_wire),
     "file": (FILES, convert.file_to_wire, convert.file_from_wire),
@@ -152,6 +163,7 @@ def test_a_record_comes_back_as_it_went(name: str, data: st.DataObject) -> None:
         (jobs.StepMetrics, types_pb2.StepMetrics),
         (jobs.FileObject, types_pb2.FileObject),
         (jobs.Checkpoint, types_pb2.Checkpoint),
+        (jobs.Estimate, types_pb2.Estimate),
         (jobs.ModelCard, types_pb2.ModelCard),
         (jobs.WorkerCard, types_pb2.WorkerCard),
     ],

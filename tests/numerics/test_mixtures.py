@@ -45,6 +45,9 @@ class Kept:
             flat_x, flat_g = flat_x[rows], flat_g[rows]
         self.captures.append((site.name, call, flat_x.clone(), flat_g.clone()))
 
+    def finish(self) -> None:
+        pass
+
 
 def ragged(seed: int, *, examples: int = 3, classes: int | None = None) -> Batch:
     generator = torch.Generator().manual_seed(seed)

@@ -237,6 +237,9 @@ def test_a_job_s_gradient_does_not_shrink_with_its_share_of_the_batch() -> None:
         def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
             self.squares += float(g.square().sum())
 
+        def finish(self) -> None:
+            pass
+
     base = base_of(tiny("llama"))
     sites = probe(base, LoraAdapter(r=2, target_modules=TARGETS), labels=None, fold="unmerged")
     adapter = of_size(sites, 0.1)

@@ -20,11 +20,12 @@ from cola_common.messages import (
     ToWorker,
 )
 from cola_common.tensor import encode
-from cola_server.fleet import Attendance, Exchange, Fleet, FleetLimits
+from cola_server.fleet import Attendance, Exchange, Fleet, FleetLimits, Load
 
 JOB = "ftjob-000000000000000000000000"
 SITES = ["layers.0.q", "layers.0.k"]
 SHAPES = [{"A": (2, 4), "B": (3, 2)}, {"A": (2, 4), "B": (3, 2)}]
+LOAD = Load(parameter_bytes=1000, work=1e6, nbytes=1e5)
 SMALL = FleetLimits(window_bytes=100, buffer_bytes=200)
 
 
@@ -60,7 +61,7 @@ def exchange_of(fleet: Fleet, owners: dict[int, str], *, clip: float = 0.0, epoc
         shapes=SHAPES,
         max_grad_norm=clip,
     )
-    fleet.open(exchange, dict.fromkeys(exchange.workers, 1000))
+    fleet.open(exchange, dict.fromkeys(exchange.workers, LOAD))
     return exchange
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_a_job_keeps_its_two_newest_snapshots(artefacts, folder):
     artefacts.remove_snapshots(job)
     artefacts.remove_snapshots(job)
     assert everything(folder) == {f"snapshots/{other}/{NAMES[0]}"}
+
+
+def test_snapshots_that_two_remove_at_once_are_removed(artefacts, folder):
+    for _ in range(20):
+        job = ids.new("ftjob")
+        for number in range(2):
+            artefacts.write_snapshot(job, f"{number}.safetensors", b"x")
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(artefacts.remove_snapshots, [job] * 4))
+    assert everything(folder) == set()
 
 
 def test_a_damaged_snapshot_is_out_of_the_way_of_the_one_before_it(artefacts):

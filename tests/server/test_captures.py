@@ -125,22 +125,25 @@ def test_small_parts_are_packed_and_a_full_frame_leaves_at_once() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", ["x", "g"])
 def test_what_is_not_finite_is_told_of_and_not_sent(codec: str, bad: float, which: str) -> None:
-    sink, received = packer({0: "w"}, codec)
+    sink, received = packer({0: "w", 2: "w"}, codec)
     x, g = values(0, 6), values(1, 4)
     (x if which == "x" else g)[1, 3, 2] = bad
+    sink.capture(SITES[0], 0, x, g, None)
+    sink.capture(SITES[2], 0, values(2, 5), values(3, 4), None)
     with pytest.raises(ColaError) as failed:
-        sink.capture(SITES[0], 0, x, g, None)
+        sink.finish()
     assert failed.value.reason == Reason.NON_FINITE_CAPTURE
     assert failed.value.details == {"tensor": which, "site": "site0", "step": "3", "job": "job"}
-    assert Part(which, 0, 0) not in received.tensors("w")
+    assert received.frames == {}, "neither that nor anything after it"
 
 
 def test_what_bf16_has_no_number_for_is_told_of() -> None:
     sink, _ = packer({0: "w"}, "bf16")
     x = torch.full((2, 8, 6), 3.4e38)
     assert bool(torch.isfinite(x).all())
+    sink.capture(SITES[0], 0, x, values(1, 4), None)
     with pytest.raises(ColaError, match="wider values"):
-        sink.capture(SITES[0], 0, x, values(1, 4), None)
+        sink.finish()
 
 
 def test_padding_that_is_not_finite_harms_nobody() -> None:

@@ -32,14 +32,29 @@ from cola_server.fleet import (
     Attendance,
     Exchange,
     Fleet,
+    Load,
     Outbox,
     OutboxClosed,
     WorkerBlamed,
     WorkerLost,
     WorkerSlow,
 )
-from cola_server.fleet.registry import DELTA_SLACK_BYTES
-from tests.server.fleet import JOB, SITES, SMALL, attended, capture, delta, end_step, exchange_of, half, hello, sent
+from cola_server.fleet.pace import ENOUGH, FASTEST
+from cola_server.fleet.registry import CLAIM, DELTA_SLACK_BYTES, LEAST_SPEED, SLOWED
+from tests.server.fleet import (
+    JOB,
+    LOAD,
+    SITES,
+    SMALL,
+    attended,
+    capture,
+    delta,
+    end_step,
+    exchange_of,
+    half,
+    hello,
+    sent,
+)
 
 # --- outbox ---------------------------------------------------------------------------------------------------------
 
@@ -53,7 +68,7 @@ async def test_captures_wait_for_the_window_and_go_on_with_credit() -> None:
     second = asyncio.ensure_future(outbox.next())
     await asyncio.sleep(0)
     assert not second.done() and outbox.in_flight == 80
-    outbox.credit(80)
+    outbox.credit(80, 0.0)
     assert (await second) == capture(80, 1)
     assert outbox.reserved == 80
 
@@ -82,7 +97,7 @@ async def test_a_reservation_waits_for_room_and_learns_of_the_end() -> None:
 async def test_a_peer_cannot_credit_more_than_it_was_sent() -> None:
     outbox = Outbox(window_bytes=100, buffer_bytes=100)
     await outbox.reserve(50)
-    outbox.credit(1 << 40)
+    outbox.credit(1 << 40, 0.0)
     assert (outbox.in_flight, outbox.reserved) == (0, 50)
 
 
@@ -488,14 +503,130 @@ async def test_a_snapshot_of_an_epoch_that_is_over_is_told_and_changes_nothing()
     assert owned(fleet)[a.worker] == set()
 
 
+def speeds(fleet: Fleet) -> dict[str, float]:
+    return {c.worker: c.speed for c in fleet.candidates(job=JOB, values="fp32")}
+
+
+def claiming(gflops: float, boot: int = 1, worker: str | None = None) -> Hello:
+    greeting = hello(worker, boot)
+    return dataclasses.replace(greeting, capacity=dataclasses.replace(greeting.capacity, gflops=gflops))
+
+
+async def test_a_worker_is_as_fast_as_it_claims_until_its_steps_tell() -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+    assert speeds(fleet) == {a.worker: 8e9}
+    for _ in range(ENOUGH):
+        fleet.observe(a.worker, 1e9, 0.25)
+    assert speeds(fleet) == {a.worker: pytest.approx(4e9)}
+    assert [c.gflops for c in fleet.cards()] == [pytest.approx(4.0)]
+
+
+async def test_claims_are_worth_what_the_first_steps_made_of_others_and_what_comes_later_is_a_workers_own() -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+    b, _ = fleet.attend(claiming(6.0))
+    for _ in range(ENOUGH):
+        fleet.observe(a.worker, 1e9, 0.25)
+    assert speeds(fleet)[b.worker] == pytest.approx(3e9)
+    for _ in range(20):
+        fleet.observe(a.worker, 1e9, 2.5)
+    assert speeds(fleet) == {a.worker: pytest.approx(0.4e9, rel=0.05), b.worker: pytest.approx(3e9)}
+
+
+async def test_a_worker_far_slower_than_it_claims_does_not_speak_for_the_others() -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+    b, _ = fleet.attend(claiming(8.0))
+    for _ in range(ENOUGH):
+        fleet.observe(a.worker, 1e9, 100.0)
+    assert speeds(fleet)[b.worker] == pytest.approx(8e9 / CLAIM)
+
+
+@pytest.mark.parametrize("nonsense", [math.nan, -1.0, 0.0, 0.2])
+async def test_a_claim_that_no_core_would_make_is_none(nonsense: float) -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(nonsense))
+    assert speeds(fleet) == {a.worker: LEAST_SPEED}
+    for _ in range(ENOUGH):
+        fleet.observe(a.worker, 1e9, 10.0)
+    assert speeds(fleet) == {a.worker: pytest.approx(1e8)}
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0])
+async def test_a_worker_that_tells_nonsense_of_its_time_is_not_believed(seconds: float) -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+    for _ in range(2 * ENOUGH):
+        fleet.observe(a.worker, 1e9, seconds)
+    assert speeds(fleet) == {a.worker: 8e9}
+
+
+async def test_a_process_keeps_its_pace_over_its_streams_and_a_new_one_begins_anew() -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+    for _ in range(ENOUGH):
+        fleet.observe(a.worker, 1e9, 1.0)
+    fleet.attend(claiming(8.0, worker=a.worker))
+    assert speeds(fleet) == {a.worker: pytest.approx(1e9)}
+    fleet.attend(claiming(8.0, boot=2, worker=a.worker))
+    assert speeds(fleet) == {a.worker: 8e9}
+    fleet.observe("wkr-" + "0" * 24, 1e9, 1.0)  # one that has left
+
+
+async def test_jobs_are_told_of_a_pace_when_it_is_known_and_when_it_changes_by_much() -> None:
+    fleet = Fleet(SMALL)
+    a, _ = fleet.attend(claiming(8.0))
+
+    def told(seconds: float, times: int) -> bool:
+        change = fleet.change()
+        for _ in range(times):
+            fleet.observe(a.worker, 1e9, seconds)
+        return change.done()
+
+    assert not told(1.0, ENOUGH - 1)
+    assert told(1.0, 1)
+    assert not told(SLOWED * 0.95, 30)
+    assert told(SLOWED * 1.3, 30)
+    assert not told(SLOWED * 1.3, 30)
+    assert told(0.5, 30)
+
+
+async def test_the_rate_of_a_way_is_what_its_captures_show_and_one_not_tried_yet_is_fast() -> None:
+    fleet = Fleet(dataclasses.replace(SMALL, buffer_bytes=1 << 30))
+    a, b = await attended(fleet, 2)
+
+    def rates() -> dict[str, float]:
+        return {c.worker: c.rate for c in fleet.candidates(job=JOB, values="fp32")}
+
+    assert rates() == {a.worker: FASTEST, b.worker: FASTEST}
+    for batch in range(ENOUGH):
+        await a.outbox.reserve(1 << 20)
+        a.outbox.put(capture(1 << 20, batch))
+        await a.outbox.next()
+        await asyncio.sleep(0.05)
+        fleet.accept(a, Credit(JOB, 1, batch, 1 << 20, 0.02))
+        fleet.observe(a.worker, 1e9, 1.0)
+    assert (1 << 20) / 5 < rates()[a.worker] < (1 << 20) / 0.025  # at least so long it was neither here nor there
+    assert rates()[b.worker] == FASTEST
+
+
+async def test_a_job_that_takes_its_place_is_a_change_for_the_others() -> None:
+    fleet = Fleet(SMALL)
+    (a,) = await attended(fleet, 1)
+    change = fleet.change()
+    exchange_of(fleet, {0: a.worker, 1: a.worker})
+    assert change.done()
+
+
 async def test_a_job_is_no_load_to_itself() -> None:
     fleet = Fleet(SMALL)
     a, b = await attended(fleet, 2)
     exchange_of(fleet, {0: a.worker, 1: a.worker})
     loads = {c.worker: c.load for c in fleet.candidates(job=JOB, values="fp32")}
-    assert loads == {a.worker: 0, b.worker: 0}
+    assert loads == {a.worker: Load(), b.worker: Load()}
     loads = {c.worker: c.load for c in fleet.candidates(job=JOB[:-1] + "1", values="fp32")}
-    assert loads == {a.worker: 1000, b.worker: 0}
+    assert loads == {a.worker: LOAD, b.worker: Load()}
 
 
 @pytest.mark.parametrize(("message", "copies"), [(delta([0]), 1), (half([0]), 2)], ids=["delta", "snapshot"])
@@ -505,7 +636,7 @@ async def test_a_message_larger_than_any_could_be_is_refused_before_it_is_read(
     fleet = Fleet(SMALL)
     (a,) = await attended(fleet, 1)
     exchange = exchange_of(fleet, {0: a.worker, 1: a.worker})
-    fleet.open(exchange, {a.worker: 1 << 22})
+    fleet.open(exchange, {a.worker: Load(parameter_bytes=1 << 22)})
     most = copies * (1 << 22) + DELTA_SLACK_BYTES
 
     def of(nbytes: int) -> Delta | Snapshot:
@@ -542,6 +673,6 @@ async def test_credit_reaches_the_outbox_whatever_its_epoch() -> None:
     await a.outbox.reserve(40)
     a.outbox.put(capture(40))
     await a.outbox.next()
-    fleet.accept(a, Credit(JOB, 99, 0, 40))
+    fleet.accept(a, Credit(JOB, 99, 0, 40, 0.0))
     assert (a.outbox.in_flight, a.outbox.reserved) == (0, 0)
     assert abs(a.last_seen - time.time()) < 5

@@ -1,150 +1,196 @@
-"""Whom a job may be placed on, with what it has learnt of its workers; and that jobs do not all run to one place."""
+"""What a job asks of its workers, and when it moves from some to others."""
 
+import dataclasses
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cola_common import ids
-from cola_common.errors import ColaError, Reason
-from cola_common.messages import OwnedShard
-from cola_server.fleet import Attendance, Fleet, WorkerBlamed
+from cola_common.families import Family, Linear, Lora, Mlp
+from cola_common.jobs import Hyperparameters, JobSpec, Wire
+from cola_common.messages import Calls, OwnedShard
+from cola_server.fleet import Attendance, Fleet, Load, carried
+from cola_server.fleet.pace import ENOUGH
+from cola_server.model import Site
+from cola_server.training.estimate import capture_bytes
+from cola_server.training.examples import Example, Stored
 from cola_server.training.judgement import Judgement
-from cola_server.training.owners import WORTH_A_MOVE, Owners
-from cola_server.training.snapshots import Snapshot
-from tests.server.fleet import JOB, SITES, SMALL, exchange_of, hello
+from cola_server.training.loads import Loads
+from cola_server.training.owners import MOVE_SECONDS, Owners
+from tests.server.fleet import SMALL, hello
 
-SHARD_BYTES = 1000
-
-
-@dataclass
-class Place:
-    """A fleet, and what its jobs share."""
-
-    fleet: Fleet = field(default_factory=lambda: Fleet(SMALL))
-    moves: Any = field(default_factory=threading.Lock)
-    split: int = 1
-    judgement: Judgement = field(default_factory=Judgement)
-
-    def attend(self, name: int, gflops: float = 1.0, owned: tuple[OwnedShard, ...] = ()) -> Attendance:
-        greeting = hello(f"wkr-{name:024d}", owned=owned)
-        capacity = SimpleNamespace(**{**vars(greeting.capacity), "gflops": gflops})
-        object.__setattr__(greeting, "capacity", capacity)
-        return self.fleet.attend(greeting)[0]
-
-    def owners(self, job: str = JOB) -> Owners:
-        sites = [SimpleNamespace(index=i, group=i, name=site) for i, site in enumerate(SITES)]
-        prepared: Any = SimpleNamespace(
-            job=job,
-            sites=sites,
-            spec=SimpleNamespace(wire=SimpleNamespace(values="fp32")),
-            parameter_bytes=lambda _site: SHARD_BYTES,
-        )
-        return Owners(prepared, self, self.judgement)  # type: ignore[arg-type]
+LORA = Lora(r=8, scale=1.0)
+ROOMY = dataclasses.replace(SMALL, window_bytes=1 << 20)
 
 
-START = Snapshot(1, 50, 0, [{}, {}], [{}, {}], ["digest 0", "digest 1"])
+def site(index: int, group: int, family: Family = LORA, d_in: int = 64, d_out: int = 96, **fields: Any) -> Site:
+    layout = {"kind": "linear", "layout": "tokens", "calls": 1, "tied": None, **fields}
+    return Site(index=index, name=f"s{index}", family=family, d_in=d_in, d_out=d_out, group=group, **layout)
 
 
-async def test_the_fastest_is_taken_until_it_was_too_slow_and_then_only_where_there_is_no_other() -> None:
-    place = Place()
-    slow, fast = place.attend(1, 1.0), place.attend(2, 9.0)
-    owners = place.owners()
-    assert owners.find(None) == dict.fromkeys((0, 1), fast.worker)
-    owners.avoid([fast.worker])
-    assert owners.find(None) == dict.fromkeys((0, 1), slow.worker)
-    place.fleet.leave(slow, "gone")
-    assert owners.find(None) == dict.fromkeys((0, 1), fast.worker)
-    place.fleet.leave(fast, "gone")
-    assert owners.find(None) is None
+SITES = (
+    site(0, 0),
+    site(1, 0, d_out=32),
+    site(2, 1, Mlp(hidden_sizes=(16,), scale=1.0), calls=3),
+    site(3, 2, Linear(scale=1.0), layout="examples"),
+)
 
 
-async def test_whoever_has_the_state_on_its_disk_is_preferred_and_known_by_shard() -> None:
-    place = Place()
-    fast = place.attend(1, 9.0, (OwnedShard(JOB, SITES[0], 49, "digest 0"), OwnedShard(JOB, SITES[1], 50, "other")))
-    keeper = place.attend(2, 1.0, (OwnedShard(JOB, SITES[1], 50, "digest 1"),))
-    owners = place.owners()
-    assert owners.find(None) == dict.fromkeys((0, 1), fast.worker)
-    found = owners.find(START)
-    assert found == dict.fromkeys((0, 1), keeper.worker)
-    assert owners.owned(found, START) == {1}
-    assert owners.owned(dict.fromkeys((0, 1), fast.worker), START) == set()
-    assert owners.owned({0: keeper.worker, 1: fast.worker}, START) == set()
+def prepared(
+    sites: Sequence[Site] = SITES, *, batch: int = 4, length: int = 16, interval: int = 1, batches: int = 100
+) -> Any:
+    """As `Prepared`, of so many examples as make ten batches."""
+    hyperparameters = Hyperparameters(batch_size=batch, adaptation_interval=interval)
+    return SimpleNamespace(
+        job=ids.new("ftjob"),
+        spec=JobSpec(model="m", training_file="f", hyperparameters=hyperparameters, wire=Wire(values="fp32")),
+        sites=tuple(sites),
+        training=SimpleNamespace(examples=Stored([Example(range(length), 0)] * (10 * batch), None)),
+        batches=SimpleNamespace(per_epoch=10),
+        total_batches=batches,
+    )
 
 
-async def test_who_is_suspected_is_done_without() -> None:
-    place = Place()
-    bad, good = place.attend(1, 9.0), place.attend(2, 1.0)
-    place.judgement.blame(WorkerBlamed(bad.worker, 3, ColaError(Reason.DELTA_MISMATCH, step=3, problem="torn")))
-    assert place.owners().find(None) == dict.fromkeys((0, 1), good.worker)
-    place.fleet.leave(good, "gone")
-    assert place.owners().find(None) is None
+# --- what a job asks for --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [1, 2])
-async def test_a_job_could_go_on_elsewhere_where_enough_others_are_there_that_were_not_slow(split: int) -> None:
-    place = Place(split=split)
-    workers = [place.attend(n).worker for n in range(split + 1)]
-    owners = place.owners()
-    assert owners.elsewhere(workers[:1])
-    assert not owners.elsewhere(workers[:2])
-    owners.avoid(workers[:1])
-    assert not owners.elsewhere(workers[1:2])
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_batch_asks_for_the_bytes_of_its_captures_and_its_part_of_the_delta(interval: int) -> None:
+    owners = {0: "a", 1: "a", 2: "b", 3: "b"}
+    loads = carried(Loads(prepared(interval=interval)).shards, owners)
+    for worker in ("a", "b"):
+        mine = [s for s in SITES if owners[s.index] == worker]
+        captured = capture_bytes(mine, "fp32", tokens=4 * 16, examples=4)
+        load = loads[worker]
+        assert load.nbytes == pytest.approx(captured + load.parameter_bytes / interval)
+    assert loads["a"].parameter_bytes == 4 * 8 * (64 + 96 + 64 + 32)
 
 
-@pytest.mark.parametrize(("gflops", "worth"), [(1.0, False), (WORTH_A_MOVE - 0.1, False), (WORTH_A_MOVE, True)])
-async def test_a_move_must_be_worth_it(gflops: float, worth: bool) -> None:
-    place = Place()
-    at = place.attend(1, 1.0)
-    owners = place.owners()
-    assert not owners.better(dict.fromkeys((0, 1), at.worker))
-    place.attend(2, gflops)
-    assert owners.better(dict.fromkeys((0, 1), at.worker)) == worth
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_step_of_mean_batches_asked_for_what_its_batches_ask_for(interval: int) -> None:
+    owners = {0: "a", 1: "a", 2: "b", 3: "b"}
+    job = Loads(prepared(interval=interval))
+    batch = [Calls(s.index, s.calls, s.calls * s.rows(tokens=64, examples=4)) for s in SITES]
+    promised = carried(job.shards, owners)
+    done = job.work(owners, batch * interval)
+    assert done == {worker: pytest.approx(interval * promised[worker].work) for worker in ("a", "b")}
 
 
-async def test_other_jobs_load_counts_and_the_jobs_own_does_not() -> None:
-    place = Place()
-    crowded, idle = place.attend(1), place.attend(2)
-    at = dict.fromkeys((0, 1), crowded.worker)
-    exchange = exchange_of(place.fleet, at)
-    place.fleet.open(exchange, {crowded.worker: 100 * SHARD_BYTES})
-    assert not place.owners(JOB).better(at)
-    assert place.owners(ids.new("ftjob")).better(at)
-    place.fleet.leave(idle, "gone")
-    assert not place.owners(ids.new("ftjob")).better(at)
+def test_work_grows_with_rows_and_with_what_a_family_does_with_them() -> None:
+    def work(family: Family, rows: int) -> float:
+        job = Loads(prepared([site(0, 0, family, 576, 576)]))
+        return job.work({0: "a"}, [Calls(0, 1, rows)])["a"]
+
+    assert work(LORA, 64) < work(LORA, 256) < work(Lora(r=64, scale=1.0), 256) < work(Linear(scale=1.0), 256)
+    # Of thin products each FLOP counts as one: workers measure their speed with them.
+    grown = work(LORA, 4096) - work(LORA, 0)
+    assert grown == pytest.approx(4 * 4096 * 8 * (576 + 576), rel=0.05)
 
 
-async def test_no_job_moves_to_a_worker_that_was_too_slow_for_it() -> None:
-    place = Place()
-    at, fast = place.attend(1, 1.0), place.attend(2, 100.0)
-    owners = place.owners()
-    owners.avoid([fast.worker])
-    assert not owners.better(dict.fromkeys((0, 1), at.worker))
-    assert place.owners().better(dict.fromkeys((0, 1), at.worker))
+# --- where it goes --------------------------------------------------------------------------------------------------
+
+STEP_SECONDS = 0.5
+SPEED = 1e9
 
 
-async def test_no_job_moves_for_the_sake_of_speed_where_its_worker_leaves_anyway() -> None:
-    place = Place()
-    at = place.attend(1, 1.0)
-    place.attend(2, 100.0)
-    place.fleet.drain(at.worker)
-    assert not place.owners().better(dict.fromkeys((0, 1), at.worker))
+class Stage:
+    """A fleet, and jobs of one site whose step takes a worker of `SPEED` so long."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet(ROOMY)
+        self.services: Any = SimpleNamespace(fleet=self.fleet, split=1, moves=threading.Lock())
+
+    def worker(self, speed: float, worker: str | None = None, owned: Sequence[OwnedShard] = ()) -> Attendance:
+        greeting = hello(worker, owned=owned)
+        capacity = dataclasses.replace(greeting.capacity, gflops=speed / 1e9)
+        return self.fleet.attend(dataclasses.replace(greeting, capacity=capacity))[0]
+
+    def job(self, batches: int = 100, seconds: float = STEP_SECONDS) -> Owners:
+        job = prepared([site(0, 0, d_in=576, d_out=576)], batches=batches)
+        owners = Owners(job, self.services, Judgement())
+        (shard,) = owners._loads.shards
+        load = Load(shard.load.parameter_bytes, seconds * SPEED, 0.0)
+        owners._loads.shards = [dataclasses.replace(shard, load=load, x_bytes=0.0)]
+        return owners
+
+    def carry(self, attendance: Attendance, owners: Owners) -> None:
+        """Another job's load."""
+        attendance.load[ids.new("ftjob")] = owners.load({0: attendance.worker})[attendance.worker]
 
 
-async def test_one_job_moves_at_a_time() -> None:
-    place = Place()
-    at = dict.fromkeys((0, 1), place.attend(1, 1.0).worker)
-    place.attend(2, 100.0)
-    first, second = place.owners(), place.owners(ids.new("ftjob"))
-    assert first.better(at)
-    assert first.better(at)  # it is still on its way
-    assert not second.better(at)
-    second.settled()  # it has nothing to settle
-    assert not second.better(at)
+async def test_a_job_moves_to_a_faster_worker_where_the_rest_of_it_gains_more_than_a_move_costs() -> None:
+    stage = Stage()
+    here = {0: stage.worker(SPEED).worker}
+    job = stage.job(batches=100)
+    assert not job.better(here, 0, STEP_SECONDS)
+    stage.worker(10 * SPEED)
+    enough = int(MOVE_SECONDS / (0.9 * STEP_SECONDS)) + 1
+    assert not job.better(here, 100 - enough + 1, STEP_SECONDS)
+    assert job.better(here, 100 - enough, STEP_SECONDS)
+
+
+async def test_a_job_that_does_not_wait_for_its_workers_does_not_move() -> None:
+    stage = Stage()
+    here = {0: stage.worker(SPEED).worker}
+    stage.worker(10 * SPEED)
+    job = stage.job(batches=100)
+    assert not job.better(here, 0, 0.99 * MOVE_SECONDS / 100)
+    assert job.better(here, 0, 1.1 * MOVE_SECONDS / 100)
+
+
+async def test_a_worker_that_slows_down_loses_its_job() -> None:
+    stage = Stage()
+    one, other = stage.worker(SPEED), stage.worker(SPEED)
+    job = stage.job(batches=1000)
+    for owner in (one, other):
+        for _ in range(ENOUGH):
+            stage.fleet.observe(owner.worker, SPEED, 1.0)
+    assert not job.better({0: one.worker}, 0, STEP_SECONDS)
+    for _ in range(10):
+        stage.fleet.observe(one.worker, SPEED, 4.0)
+    assert job.better({0: one.worker}, 0, 4 * STEP_SECONDS)
+    assert job.find(None) == {0: other.worker}
+
+
+async def test_one_job_moves_at_a_time_and_the_next_one_sees_where_it_went() -> None:
+    stage = Stage()
+    busy = stage.worker(SPEED)
+    first, second = stage.job(), stage.job()
+    for job in (first, second):
+        stage.carry(busy, job)
+    here = {0: busy.worker}
+    idle = stage.worker(SPEED)
+    assert first.better(here, 0, 10.0)
+    assert not second.better(here, 0, 10.0)
+    busy.load.popitem()
+    stage.carry(idle, first)
     first.settled()
-    first.settled()
-    assert second.better(at)
-    second.settled()
-    assert not place.moves.locked()
+    assert not second.better(here, 0, 10.0)  # it would find there what it has here
+    idle.load.clear()
+    assert second.better(here, 0, 10.0)
+
+
+async def test_a_job_that_starts_again_goes_to_who_has_its_state_unless_another_pays() -> None:
+    stage = Stage()
+    for batches, back in ((1, True), (100_000, False)):
+        job = stage.job(batches=batches)
+        state = [OwnedShard(job._prepared.job, "s0", 1, "digest")]
+        owner = stage.worker(SPEED, "wkr-" + "a" * 24, owned=state)
+        fast = stage.worker(10 * SPEED, "wkr-" + "b" * 24)
+        start: Any = SimpleNamespace(step=1, digests=["digest"])
+        assert job.find(start) == {0: owner.worker if back else fast.worker}
+
+
+async def test_who_was_too_slow_is_asked_only_where_there_is_nobody_else() -> None:
+    stage = Stage()
+    fast = stage.worker(10 * SPEED)
+    job = stage.job()
+    job.avoid({0: fast.worker}, [fast.worker], 60.0)
+    assert job.find(None) == {0: fast.worker} and not job.elsewhere([fast.worker])
+    slow = stage.worker(SPEED)
+    assert job.find(None) == {0: slow.worker}
+    assert job.elsewhere([fast.worker]) and not job.elsewhere([slow.worker])
+    assert not job.better({0: slow.worker}, 0, 10.0)

@@ -9,14 +9,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Checkpoint, JobSpec, JobStatus, ModelCard
+from cola_common.jobs import Checkpoint, Estimate, JobSpec, JobStatus, ModelCard
 from cola_server.jobs import Artefacts, JobService, JobStore
+from cola_server.tenants import Quota, Quotas
 from tests.support.databases import new_store, url_of
 
 TEXTS = [{"text": "a"}, {"text": "b"}]
 LABELLED = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+TIMES = {"busy_seconds": 1.0, "waiting_seconds": 2.0, "jobless_seconds": 3.0}
 CARDS = {
-    name: ModelCard(id=name, task=task, dtype="float32", device="cpu", parameters=1)
+    name: ModelCard(id=name, task=task, dtype="float32", device="cpu", parameters=1, **TIMES)
     for name, task in {
         "smollm2": "causal-lm",
         "smollm2-chat": "causal-lm",
@@ -28,6 +30,7 @@ CARDS = {
 class FakeCatalogue:
     def __init__(self):
         self.checked = []
+        self.estimated = []
         self.error = None
         self.digests = dict.fromkeys(CARDS, "0" * 32)
 
@@ -44,6 +47,11 @@ class FakeCatalogue:
         if self.error is not None:
             raise self.error
 
+    def estimate(self, spec, examples, labels):
+        self.estimated.append((spec, examples, labels))
+        counts = {name: 1 for name, field in Estimate.model_fields.items() if field.annotation is int}
+        return Estimate(**{**counts, "examples": examples}, seconds=None)
+
 
 class FakeScheduler:
     """Notes what it is told, and the status that was committed by then."""
@@ -51,6 +59,11 @@ class FakeScheduler:
     def __init__(self, store):
         self._store = store
         self.told = []
+
+        self.places = {}
+
+    def place(self, job):
+        return self.places.get(job)
 
     def submit(self, job):
         self._note("submit", job)
@@ -65,13 +78,13 @@ class FakeScheduler:
         self._note("resume", job)
 
     def _note(self, call, job):
-        self.told.append((call, job, str(self._store.job(job).status)))
+        self.told.append((call, job.id, str(self._store.job(job.id).status)))
 
 
 class Server:
     """A service with all that it needs, as it is after a start."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, quotas=None):
         self.artefacts = Artefacts(folder / "data")
         try:
             self.store = JobStore(url_of(folder), create=not self.artefacts.ids())
@@ -80,7 +93,7 @@ class Server:
             raise
         self.catalogue = FakeCatalogue()
         self.scheduler = FakeScheduler(self.store)
-        self.service = JobService(self.store, self.artefacts, self.catalogue, self.scheduler)
+        self.service = JobService(self.store, self.artefacts, self.catalogue, self.scheduler, quotas=quotas)
 
     def stop(self):
         self.store.close()
@@ -130,6 +143,26 @@ def test_a_job_is_checked_stored_and_handed_over(server):
     assert server.scheduler.told == [("submit", job.id, "validating_files")]
     assert server.service.retrieve(job.id) == job
     assert server.service.jobs() == [job]
+
+
+@pytest.mark.parametrize(
+    ("model", "lines", "joint", "known"),
+    [("smollm2", TEXTS, [TEXTS, TEXTS], (6, [])), ("minilm", LABELLED, [], (2, ["x", "y"]))],
+)
+def test_an_estimate_is_of_all_the_files_and_makes_nothing(server, model, lines, joint, known):
+    spec = server.spec(lines, model, joint_files=[server.upload(more) for more in joint])
+    assert server.service.estimate(spec).examples == known[0]
+    assert server.catalogue.estimated == [(spec, *known)]
+    assert server.store.jobs() == []
+    assert server.scheduler.told == []
+
+
+def test_an_estimate_is_refused_where_a_job_is(server):
+    for fields in ({"model": "xyz"}, {"lines": [{"text": "a"}, {"nothing": 1}]}, {"training_file": "file-" + "0" * 24}):
+        with pytest.raises(ColaError) as of_estimate:
+            server.service.estimate(server.spec(**fields))
+        assert of_estimate.value.reason == refused(server, **fields).reason
+    assert server.catalogue.estimated == []
 
 
 def test_the_same_key_finds_the_same_job_even_if_it_could_not_be_made_again(server):
@@ -243,6 +276,39 @@ def test_a_spec_that_cannot_be_is_refused_by_field(server, fields, param, told):
 
 def test_merging_what_is_not_linear_is_refused(server):
     assert refused(server, adapter={"type": "mlp"}, fold="merged").reason == Reason.NOT_MERGEABLE
+
+
+def test_a_tenant_with_as_many_jobs_as_it_may_have_is_told_so_and_others_are_not(server, tmp_path):
+    server.stop()
+    server = Server(tmp_path, Quotas(Quota(max_queued=2), {"large": Quota(max_queued=3)}))
+
+    def create(tenant):
+        service = server.service.of(tenant)
+        with service.upload("data.jsonl", "fine-tune") as upload:
+            upload.write(b'{"text": "a"}')
+            file = upload.finish().id
+        return service.create(JobSpec(model="smollm2", training_file=file))
+
+    for tenant, most in (("small", 2), ("large", 3)):
+        for _ in range(most):
+            assert create(tenant).tenant == tenant
+        with pytest.raises(ColaError) as error:
+            create(tenant)
+        assert error.value.reason == Reason.QUOTA_EXCEEDED
+    assert len(server.scheduler.told) == 5
+    server.stop()
+
+
+def test_a_waiting_job_is_told_with_its_place_and_no_other_is(server):
+    waiting, running = server.service.create(server.spec()).id, server.running()
+    server.scheduler.places = {waiting: 3, running: 1}
+    assert server.service.retrieve(waiting).queue_place is None  # its files are not read yet
+    server.store.transition(waiting, JobStatus.QUEUED)
+    assert [(job.id, job.queue_place) for job in server.service.jobs()] == [(running, None), (waiting, 3)]
+    assert server.service.retrieve(waiting).queue_place == 3
+    assert server.store.job(waiting).queue_place is None
+    server.scheduler.places = {}
+    assert server.service.retrieve(waiting).queue_place is None
 
 
 # --- cancel, pause, resume ------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import threading
 import time
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import event
 
@@ -24,7 +26,7 @@ from cola_common.jobs import (
     StepMetrics,
 )
 from cola_server.jobs import JobStore
-from cola_server.jobs.database import RESERVE_BYTES, Database
+from cola_server.jobs.database import MIGRATIONS, RESERVE_BYTES, Database
 from cola_server.jobs.tables import Table
 from tests.support.databases import new_store, url_of
 
@@ -389,6 +391,127 @@ def test_a_step_has_one_checkpoint(store):
     assert store.artefacts() == [*store.files()[::-1], first, second, *store.checkpoints(other)]
 
 
+# --- tenants --------------------------------------------------------------------------------------------------------
+
+
+OF_A_JOB = {
+    "job": [],
+    "base_digest": [],
+    "transition": [JobStatus.CANCELLED],
+    "set_total_steps": [3],
+    "set_waiting": [True],
+    "begin_epoch": [],
+    "add_event": ["An event."],
+    "events": [],
+    "metrics": [],
+    "checkpoints": [],
+}
+
+
+def refused_by(function, *args, **fields):
+    with pytest.raises(ColaError) as error:
+        function(*args, **fields)
+    return error.value
+
+
+@pytest.mark.parametrize("call", OF_A_JOB)
+def test_anothers_job_is_as_one_that_never_was(store, call):
+    job, nobodys = make_job(store.of("a")).id, "ftjob-" + "0" * 24
+    theirs = refused_by(getattr(store.of("b"), call), job, *OF_A_JOB[call])
+    none = refused_by(getattr(store.of("b"), call), nobodys, *OF_A_JOB[call])
+    assert theirs.reason == none.reason == Reason.UNKNOWN_JOB
+    assert theirs.message.replace(job, nobodys) == none.message
+    assert store.job(job).status == "validating_files"
+    assert store.events(job) == []
+    getattr(store.of("a"), call)(job, *OF_A_JOB[call])  # whose it is finds it
+
+
+def test_anothers_files_checkpoints_and_steps_are_as_if_they_never_were(store):
+    a, b = store.of("a"), store.of("b")
+    file, job = add_file(a), make_job(a)
+    kept = a.add_checkpoint(checkpoint(job.id, 1))
+    for call, id in ((b.file, file.id), (b.delete_file, file.id)):
+        assert refused_by(call, id).reason == Reason.UNKNOWN_FILE
+    assert refused_by(b.checkpoint, kept.id).reason == Reason.UNKNOWN_CHECKPOINT
+    assert refused_by(b.add_checkpoint, checkpoint(job.id, 2)).reason == Reason.UNKNOWN_JOB
+    assert refused_by(record_step, b, job.id, metrics(1)).reason == Reason.UNKNOWN_JOB
+    assert refused_by(b.files, after=file.id).reason == Reason.UNKNOWN_FILE
+    assert refused_by(b.jobs, after=job.id).reason == Reason.UNKNOWN_JOB
+    own = make_job(b)
+    assert refused_by(b.checkpoints, own.id, after=kept.id).reason == Reason.UNKNOWN_CHECKPOINT
+    assert (a.file(file.id), a.checkpoint(kept.id)) == (file, kept)
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file", "joint_files", "init_from", "a checkpoint"])
+def test_no_job_is_made_of_what_is_anothers(store, field):
+    a, b = store.of("a"), store.of("b")
+    source = a.add_checkpoint(checkpoint(make_job(a).id, 1)) if field == "a checkpoint" else add_file(a)
+    of_adapter = {"adapter": LoraAdapter(init_from=source.id)}
+    fields = {field: source.id} if field.endswith("_file") else of_adapter
+    if field == "joint_files":
+        fields = {field: (source.id,)}
+    assert refused_by(make_job, b, **fields).reason in (Reason.UNKNOWN_FILE, Reason.UNKNOWN_CHECKPOINT)
+    assert b.jobs() == []
+    assert make_job(a, **fields).tenant == "a"
+
+
+def test_lists_hold_a_tenants_own_and_the_servers_hold_all(store):
+    made = [(tenant, make_job(store.of(tenant)).id) for tenant in "abaab"]
+    for tenant in "ab":
+        own = store.of(tenant)
+        ids = [id for owner, id in made if owner == tenant][::-1]
+        assert [job.id for job in own.jobs()] == ids
+        assert [job.id for job in own.jobs(after=ids[0], limit=1)] == ids[1:2]
+        assert [job.id for job in own.unfinished()] == ids[::-1]
+        assert {job.tenant for job in own.jobs()} == {tenant}
+        assert len(own.files()) == len(ids)
+    assert [job.id for job in store.jobs()] == [id for _, id in made][::-1]
+    assert store.of("c").jobs() == store.of("c").files() == store.of("c").unfinished() == []
+    assert len(store.files()) == 5
+
+
+def test_a_key_is_a_tenants_own(store):
+    file = {tenant: add_file(store.of(tenant), key="key") for tenant in "ab"}
+    job = {tenant: make_job(store.of(tenant), "key", training_file=file[tenant].id) for tenant in "ab"}
+    assert file["a"].id != file["b"].id
+    assert job["a"].id != job["b"].id
+    for tenant in "ab":
+        assert add_file(store.of(tenant), key="key") == file[tenant]
+        assert store.of(tenant).job_by_key(job[tenant].spec, "key") == job[tenant]
+    assert store.of("c").job_by_key(job["a"].spec, "key") is None
+
+
+def test_a_tenant_has_no_more_unfinished_jobs_than_it_may(store):
+    a, b = store.of("a"), store.of("b")
+    spec = JobSpec(model="m", training_file=add_file(a).id)
+    jobs = [a.create_job(spec, f"key {n}", most=3) for n in range(3)]
+    error = refused_by(a.create_job, spec, most=3)
+    assert (error.reason, error.status) == (Reason.QUOTA_EXCEEDED, "RESOURCE_EXHAUSTED")
+    assert error.details == {"tenant": "a", "limit": "3"}
+    assert len(a.jobs()) == 3
+    assert a.create_job(spec, "key 0", most=3) == jobs[0]
+    assert b.create_job(JobSpec(model="m", training_file=add_file(b).id), most=3)
+    a.transition(jobs[0].id, JobStatus.PAUSED)
+    assert refused_by(a.create_job, spec, most=3).reason == Reason.QUOTA_EXCEEDED
+    a.transition(jobs[0].id, JobStatus.CANCELLED)
+    assert a.create_job(spec, most=3)
+
+
+def test_of_many_threads_no_more_jobs_are_made_than_may_be(store):
+    a, made = store.of("a"), []
+    spec = JobSpec(model="m", training_file=add_file(a).id)
+
+    def make():
+        try:
+            made.append(a.create_job(spec, most=3).id)
+        except ColaError as error:
+            made.append(error.reason)
+
+    run_at_once(make, threads=8)
+    assert made.count(Reason.QUOTA_EXCEEDED) == 5
+    assert len(a.jobs()) == 3
+
+
 # --- telling --------------------------------------------------------------------------------------------------------
 
 
@@ -509,18 +632,45 @@ def test_a_missing_database_is_not_recreated_where_there_was_one(url, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_jobs_of_the_first_schema_are_kept_and_have_no_base_digest(url, tmp_path):
+def downgrade(store, revision):
+    """Takes the schema back, as it was before later versions of this program, and closes the store."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with store._database.writing() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+    store.close()
+
+
+def test_jobs_of_the_first_schema_are_kept_and_have_no_base_digest(url):
     store = JobStore(url, create=True)
     old = make_job(store)
-    store.close()
-    with sqlite3.connect(tmp_path / "cola.db") as connection:
-        connection.execute("ALTER TABLE jobs DROP COLUMN base_digest")
-        connection.execute("UPDATE alembic_version SET version_num = '0001'")
-    connection.close()
+    downgrade(store, "0001")
     store = JobStore(url, create=False)
     assert store.job(old.id) == old
     assert store.base_digest(old.id) is None
     assert store.base_digest(store.create_job(old.spec, base_digest="d").id) == "d"
+    store.close()
+
+
+def test_what_is_older_than_tenants_is_the_default_tenants_and_its_keys_find_it(url, tmp_path):
+    store = JobStore(url, create=True)
+    file = add_file(store, key="key")
+    job = make_job(store, "key", training_file=file.id)
+    store.add_event(job.id, "An event.")
+    kept = store.add_checkpoint(checkpoint(job.id, 1))
+    make_job(store.of("other"), "key")
+    downgrade(store, "0002")
+    with sqlite3.connect(tmp_path / "cola.db") as connection:
+        assert connection.execute("SELECT idempotency_key FROM jobs ORDER BY number").fetchall() == [("key",), (None,)]
+    connection.close()
+    store = JobStore(url, create=False)
+    mine = store.of("default")
+    assert mine.create_job(job.spec, "key").id == job.id
+    assert add_file(mine, key="key").id == file.id
+    assert [event.message for event in mine.events(job.id)] == ["An event."]
+    assert mine.checkpoint(kept.id) == kept
+    assert store.of("other").jobs() == []
     store.close()
 
 

@@ -5,17 +5,22 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from google.protobuf.descriptor import ServiceDescriptor
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Draining, ToServer, ToWorker
 from cola_common.rpc import auth
-from cola_common.rpc.auth import TokenAuth, header
+from cola_common.rpc.auth import Access, Holder, TokenAuth, header
 from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import Duplex, StreamBroken, StreamEnded, StreamFinished
 from cola_common.rpc.fleet import Context, add_fleet, attend
 from cola_common.rpc.status import from_rpc
+from cola_common.wire import checkpoints_pb2, files_pb2, fleet_pb2, jobs_pb2, models_pb2, workers_pb2
 
-CLIENT, WORKER = "client-token", "worker-token"
+CLIENT, WORKER, OTHER = "client-token", "worker-token", "other-token"
+ACCESS = Access({CLIENT: Holder(auth.OPERATOR), OTHER: Holder(auth.CLIENT, "other"), WORKER: Holder(auth.WORKER)})
+FILES = (checkpoints_pb2, files_pb2, fleet_pb2, jobs_pb2, models_pb2, workers_pb2)
+SERVICES = [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()]
 KINDS = ("unary_unary", "unary_stream", "stream_unary")
 
 
@@ -31,7 +36,7 @@ class Parser:
 
 
 @asynccontextmanager
-async def serving(parser: Parser, client: str | None = CLIENT, worker: str | None = WORKER) -> AsyncIterator[str]:
+async def serving(parser: Parser, access: Access = ACCESS) -> AsyncIterator[str]:
     async def unary(_request: object, _context: object) -> bytes:
         return b"yes"
 
@@ -47,7 +52,7 @@ async def serving(parser: Parser, client: str | None = CLIENT, worker: str | Non
         "unary_stream": grpc.unary_stream_rpc_method_handler(stream, parser),
         "stream_unary": grpc.stream_unary_rpc_method_handler(unary, parser),
     }
-    server = grpc.aio.server(interceptors=[TokenAuth(client, worker)])
+    server = grpc.aio.server(interceptors=[TokenAuth(access)])
     server.add_generic_rpc_handlers(
         (
             grpc.method_handlers_generic_handler("cola.v1.Jobs", handlers),
@@ -109,18 +114,20 @@ async def test_a_clients_call_needs_the_clients_token_before_its_body_is_parsed(
         assert reason(await call(address, kind, WORKER)) is Reason.PERMISSION_DENIED
         assert parser.parsed == 0
         assert await call(address, kind, CLIENT) == b"yes"
+        assert await call(address, kind, OTHER) == b"yes"
 
 
 async def test_the_fleet_needs_the_workers_token() -> None:
     async with serving(Parser()) as address:
         assert reason(await attends(address, None)) is Reason.UNAUTHENTICATED
         assert reason(await attends(address, "forged")) is Reason.UNAUTHENTICATED
-        assert reason(await attends(address, CLIENT)) is Reason.PERMISSION_DENIED
+        for token in (CLIENT, OTHER):
+            assert reason(await attends(address, token)) is Reason.PERMISSION_DENIED
         assert await attends(address, WORKER) is None
 
 
 async def test_a_server_without_tokens_is_open() -> None:
-    async with serving(Parser(), None, None) as address:
+    async with serving(Parser(), Access({})) as address:
         assert await call(address, "unary_unary", None) == b"yes"
         assert await call(address, "unary_unary", "any") == b"yes"
         assert await attends(address, None) is None
@@ -154,6 +161,36 @@ async def test_a_header_of_another_form_is_no_token(metadata: tuple[tuple[str, s
     assert from_rpc(refused.value).reason is Reason.UNAUTHENTICATED
 
 
-def test_every_method_has_a_role() -> None:
-    roles = {method: auth.role(method) for method in ("/cola.v1.Fleet/Attend", "/cola.v1.Jobs/Create", "/x/Y")}
-    assert roles == {"/cola.v1.Fleet/Attend": "worker", "/cola.v1.Jobs/Create": "client", "/x/Y": "client"}
+@pytest.mark.parametrize(
+    ("method", "may"),
+    [
+        ("/cola.v1.Jobs/Create", {CLIENT, OTHER}),
+        ("/cola.v1.Workers/List", {CLIENT, OTHER}),
+        ("/cola.v1.Workers/Drain", {CLIENT}),
+        ("/cola.v1.Fleet/Attend", {WORKER}),
+        ("/grpc.health.v1.Health/Check", {CLIENT, OTHER, WORKER, None}),
+        ("/x/Y", {CLIENT, OTHER}),
+    ],
+)
+def test_who_may_call_what(method: str, may: set[str | None]) -> None:
+    def refused(token: str | None) -> ColaError | None:
+        return ACCESS.refusal(method, [] if token is None else [header(token)])
+
+    assert {token for token in (CLIENT, OTHER, WORKER, None) if refused(token) is None} == may
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_every_call_of_every_service_is_in_the_table(service: ServiceDescriptor) -> None:
+    starts = [start for start, _, _ in auth.RULES if start != "/"]
+    for method in service.methods:
+        assert any(f"/{service.full_name}/{method.name}".startswith(start) for start in starts)
+
+
+def test_a_token_is_its_tenants_and_an_open_server_has_one_tenant() -> None:
+    assert ACCESS.tenant([("x-request", "1"), header(OTHER)]) == "other"
+    assert ACCESS.tenant([header(CLIENT)]) == "default"
+    for metadata in (None, [], [header("forged")], [header(OTHER), header(CLIENT)]):
+        with pytest.raises(ColaError) as refused:
+            ACCESS.tenant(metadata)
+        assert refused.value.reason is Reason.UNAUTHENTICATED
+    assert Access({}).tenant(None) == Access({}).tenant([header("any")]) == "default"

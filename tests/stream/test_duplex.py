@@ -150,7 +150,7 @@ async def test_both_directions_run_at_once() -> None:
 
     async with serving(handler) as (channel, _):
         duplex = attend(channel)
-        assert await talk(duplex, Credit("job", 1, 2, 3)) == count
+        assert await talk(duplex, Credit("job", 1, 2, 3, 0.5)) == count
         with pytest.raises(StreamFinished):
             await duplex.receive()
 

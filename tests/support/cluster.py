@@ -86,6 +86,8 @@ class Cluster:
     With a `disk` the server's data folder is that, which must be open.
     """
 
+    server_module = "cola_server"
+
     def __init__(
         self,
         root: Path,
@@ -101,7 +103,8 @@ class Cluster:
         self.data = root / "server" if disk is None else disk.inside
         """The server's data folder, as this process sees it."""
         self.disk = disk
-        self._flags = list(flags)
+        self.flags = list(flags)
+        """Of the server, when it starts next."""
         self._count = workers
         self._token = client_token
         self.address = ""
@@ -142,8 +145,8 @@ class Cluster:
         listen = listen or self.address or "127.0.0.1:0"
         folder = self.root / "server" if self.disk is None else self.disk.folder
         self.server = Daemon(
-            "cola_server",
-            [*models, f"--listen={listen}", f"--data-dir={folder}", "--device=cpu", *self._flags],
+            self.server_module,
+            [*models, f"--listen={listen}", f"--data-dir={folder}", "--device=cpu", *self.flags],
             self.root / "server.log",
             env={"COLA_FAILPOINT": failpoint},
             before=() if self.disk is None else self.disk.command,

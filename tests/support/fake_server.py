@@ -20,17 +20,19 @@ from cola_common import convert, ids
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import (
     Checkpoint,
+    Estimate,
     FileObject,
     Job,
     JobEvent,
     JobFailure,
+    JobSpec,
     JobStatus,
     ModelCard,
     StepMetrics,
     WorkerCard,
     check_transition,
 )
-from cola_common.rpc.auth import TokenAuth
+from cola_common.rpc.auth import CLIENT, Access, Holder, TokenAuth
 from cola_common.rpc.limits import SERVER_OPTIONS
 from cola_common.rpc.status import translated
 from cola_common.wire import (
@@ -63,6 +65,24 @@ class State:
     adapters: dict[str, list[checkpoints_pb2.CheckpointChunk]] = field(default_factory=dict)
     models: list[ModelCard] = field(default_factory=list)
     workers: list[WorkerCard] = field(default_factory=list)
+    estimate: Estimate = field(
+        default_factory=lambda: Estimate(
+            examples=1000,
+            total_steps=250,
+            trainable_parameters=460_800,
+            server_bytes=52_000_000,
+            server_limit_bytes=16_000_000_000,
+            adapter_bytes=1_843_200,
+            capture_bytes=41_287_680,
+            pass_bytes=1_019_373_568,
+            worker_bytes=60_000_000,
+            snapshot_bytes=5_529_600,
+            sent_bytes=14_200_000,
+            received_bytes=1_843_200,
+            seconds=None,
+        )
+    )
+    estimated: list[JobSpec] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[Reason]] = field(default_factory=dict)
@@ -249,6 +269,13 @@ class _Jobs(_Service, jobs_pb2_grpc.JobsServicer):
             self.done("Jobs.Create")
             return convert.job_to_wire(self.state.jobs[known])
 
+    async def Estimate(self, request: Any, context: Any) -> Any:
+        async with translated(context):
+            spec = convert.spec_from_wire(request.spec)
+            self.state.estimated.append(spec)
+            self.done("Jobs.Estimate")
+            return convert.estimate_to_wire(self.state.estimate)
+
     async def Retrieve(self, request: Any, context: Any) -> Any:
         async with translated(context):
             self.done("Jobs.Retrieve")
@@ -386,7 +413,7 @@ class Running:
 
 
 async def _start(state: State, token: str | None, address: str) -> tuple[grpc.aio.Server, str]:
-    interceptors = [TokenAuth(token, None)] if token is not None else []
+    interceptors = [TokenAuth(Access({token: Holder(CLIENT)}))] if token is not None else []
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
     files_pb2_grpc.add_FilesServicer_to_server(_Files(state), server)
     jobs_pb2_grpc.add_JobsServicer_to_server(_Jobs(state), server)
@@ -402,7 +429,18 @@ async def _start(state: State, token: str | None, address: str) -> tuple[grpc.ai
 def running(token: str | None = None) -> Iterator[Running]:
     """A server with one model and two workers. Its state may be read and changed from the test's own thread."""
     state = State(
-        models=[ModelCard(id="tiny", task="causal-lm", dtype="bf16", device="cuda:0", parameters=134_515_008)],
+        models=[
+            ModelCard(
+                id="tiny",
+                task="causal-lm",
+                dtype="bf16",
+                device="cuda:0",
+                parameters=134_515_008,
+                busy_seconds=30.0,
+                waiting_seconds=10.0,
+                jobless_seconds=60.0,
+            )
+        ],
         workers=[
             WorkerCard(
                 id=f"wkr-{number:024x}",

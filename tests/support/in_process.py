@@ -28,7 +28,7 @@ from cola_common.messages import (
     ToServer,
 )
 from cola_common.tensor import encode
-from cola_server.model import BaseModel, BatchResult, JobAdapter, JobBatch, Merging, Site, train
+from cola_server.model import BaseModel, BatchResult, JobAdapter, JobBatch, Mean, Merging, Site, train
 from cola_server.training.captures import CapturePacker
 from cola_worker.shards import Shards
 from cola_worker.trainer import ToTrainer, Trainer
@@ -51,7 +51,9 @@ class Refused(AssertionError):
 
 
 class InProcess:
-    """One job from its assignment on. `adapter` is the server's copy; digests are compared at every fold."""
+    """One job from its assignment on. `adapter` is the server's copy; digests are compared at every fold. A member of a
+    collaboration has a `mean`; all members `pass_through` the model before one of them may `fold`.
+    """
 
     def __init__(
         self,
@@ -64,8 +66,10 @@ class InProcess:
         owners: Mapping[int, str] | None = None,
         values: str = "fp32",
         fold: str = "unmerged",
+        mean: Mean | None = None,
     ) -> None:
         self.base = base
+        self.mean = mean
         self.adapter = adapter
         self.owners = dict(owners) if owners is not None else dict.fromkeys(range(len(sites)), "only")
         self.norms: list[float] = []
@@ -74,6 +78,7 @@ class InProcess:
         self._merging = Merging(base, adapter) if fold == "merged" else None
         self._step = 0
         self._batch = 0
+        self._answers: dict[str, list[ToServer]] = {}
         self._trainers = {worker: Trainer(Shards(folder / worker)) for worker in sorted(set(self.owners.values()))}
         state = adapter.state()
         for worker, trainer in self._trainers.items():
@@ -104,8 +109,13 @@ class InProcess:
 
     def step(self, batches: Sequence[Batch]) -> list[BatchResult]:
         """One optimizer step over an interval of batches."""
+        results = self.pass_through(batches)
+        self.fold()
+        return results
+
+    def pass_through(self, batches: Sequence[Batch]) -> list[BatchResult]:
+        """A step's first half: its batches through the model, their captures to the workers."""
         results = []
-        answers: dict[str, list[ToServer]] = {}
         for number, batch in enumerate(batches):
             result = self._train(batch)
             results.append(result)
@@ -113,14 +123,18 @@ class InProcess:
             for worker, trainer in self._trainers.items():
                 mine = tuple(calls for calls in result.calls if self.owners[calls.index] == worker)
                 end = StepEnd(JOB, EPOCH, self._batch, self._step, closes, mine)
-                answers[worker] = _handle(trainer, end)
+                self._answers[worker] = _handle(trainer, end)
             self._batch += 1
+        return results
+
+    def fold(self) -> None:
+        """A step's second half."""
+        answers = self._answers
         if self._plan.max_grad_norm > 0:
             total = self._norm([norm.squares for (norm,) in answers.values() if isinstance(norm, Norm)])
             for worker, trainer in self._trainers.items():
                 answers[worker] = _handle(trainer, NormTotal(JOB, EPOCH, self._step, total))
         self._fold({worker: delta for worker, (delta,) in answers.items() if isinstance(delta, Delta)})
-        return results
 
     def _train(self, batch: Batch) -> BatchResult:
         def emit(worker: str, capture: Capture) -> None:
@@ -145,6 +159,7 @@ class InProcess:
                     labels=batch.labels,
                     adapter=self.adapter,
                     merged=self._merging is not None,
+                    mean=self.mean,
                     sink=packer,
                     job=JOB,
                     step=self._step,

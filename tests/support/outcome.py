@@ -41,8 +41,8 @@ def outcome(client: Client, job: Job, folder: Path) -> Outcome:
     assert len(adapters) == len(checkpoints), "two checkpoints of one step"
     last = max(checkpoints, key=lambda each: each.step_number)
     client.fine_tuning.jobs.checkpoints.download(last.id, folder / job.id)
-    weights = (folder / job.id / "adapter_model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == last.digest
+    (weights,) = (folder / job.id).glob("*.safetensors")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == last.digest
     return Outcome(adapters, [each.train_loss for each in metrics])
 
 

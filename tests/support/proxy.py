@@ -135,6 +135,7 @@ def _socket() -> socket.socket:
     made = socket.socket()
     made.setblocking(False)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BYTES)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it for sockets of its own alone
     return made
 
 

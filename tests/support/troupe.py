@@ -12,8 +12,8 @@ from tests.support.disk import SmallDisk
 from tests.support.outcome import Outcome, begin, outcome
 from tests.support.proxy import Proxy
 
-FLAGS = ("--snapshot-steps=10", "--snapshot-ratio=0")
-"""A snapshot every ten steps. Leases are the default's."""
+FLAGS = ("--snapshot-steps=10", "--snapshot-ratio=0", "--split-jobs=1")
+"""A snapshot every ten steps, and a job is on one worker. Leases are the default's."""
 
 
 class Troupe:

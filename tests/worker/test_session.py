@@ -355,6 +355,31 @@ async def test_a_backlog_slows_its_sender_down(driver: Driver, tmp_path: Path) -
     assert await thread.stop(5)
 
 
+async def test_credit_tells_how_long_its_capture_was_here_whatever_it_waited_for(
+    driver: Driver, tmp_path: Path
+) -> None:
+    busy = 0.1
+
+    class Slow(Trainer):
+        def handle(self, message: ToTrainer) -> list[ToServer]:
+            time.sleep(busy)
+            return super().handle(message)
+
+    frames = driver.captures(random_batch(driver.plans, 0))
+    answers: asyncio.Queue[ToServer] = asyncio.Queue()
+    thread = TrainerThread(Slow(Shards(tmp_path)), answers.put_nowait, backlog_bytes=1)
+    began = time.monotonic()
+    await thread.put(driver.assignment())
+    feeding = [asyncio.create_task(thread.put(frame)) for frame in frames]
+    credits_ = [await answers.get() for _ in frames]
+    ended = time.monotonic() - began
+    for number, credit in enumerate(credits_):
+        assert isinstance(credit, Credit)
+        assert (number + 1) * busy < credit.seconds < ended  # behind those before it
+    await asyncio.gather(*feeding)
+    assert await thread.stop(5)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 async def test_a_revocation_just_before_the_end_is_followed(
     keep: bool, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

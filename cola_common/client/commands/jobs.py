@@ -1,92 +1,36 @@
 """`cola jobs`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
 from cola_common import ids
 from cola_common.client.commands.session import Session, connected
-from cola_common.client.commands.specs import put_flags, put_settings, read_spec
+from cola_common.client.commands.specs import with_fields
 from cola_common.client.connection import part_key
 from cola_common.client.plot import plot as draw
-from cola_common.client.tables import EVENTS, JOBS, METRICS, job_details
+from cola_common.client.tables import EVENTS, JOBS, METRICS, estimate_details, job_details
 from cola_common.client.watch import watch as show
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Job, JobSpec, JobStatus
+from cola_common.jobs import Job, JobStatus
 
 app = typer.Typer(help="Create, follow and steer fine-tuning jobs.", no_args_is_help=True)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
-_ADAPTER, _TRAINING = "Adapter", "Training"
 
 
 @app.command()
 @connected
+@with_fields
 def create(
     session: Session,
-    spec: Annotated[Path | None, typer.Argument(help="A TOML or JSON file with the job's fields; flags win.")] = None,
-    model: Annotated[str | None, typer.Option(help="A base model of the server.")] = None,
-    training_file: Annotated[str | None, typer.Option(help="A file's id, or a path to upload.")] = None,
-    validation_file: Annotated[str | None, typer.Option(help="A file's id, or a path to upload.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="For the fine-tuned model's name.")] = None,
-    seed: Annotated[int | None, typer.Option(help="For initial values and the data's order.")] = None,
-    adapter: Annotated[Literal["lora", "linear", "mlp"] | None, typer.Option(rich_help_panel=_ADAPTER)] = None,
-    r: Annotated[int | None, typer.Option("--r", help="LoRA's rank.", rich_help_panel=_ADAPTER)] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="LoRA's scale times its rank.", rich_help_panel=_ADAPTER)
-    ] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(help="Suffixes with commas between, or 'all-linear'.", rich_help_panel=_ADAPTER),
-    ] = None,
-    init_from: Annotated[
-        str | None,
-        typer.Option(help="Continue from a checkpoint's id, a file's id, or a folder.", rich_help_panel=_ADAPTER),
-    ] = None,
-    fold: Annotated[Literal["unmerged", "merged"] | None, typer.Option(rich_help_panel=_ADAPTER)] = None,
-    n_epochs: Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    max_steps: Annotated[int | None, typer.Option(help="In place of epochs.", rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    max_length: Annotated[int | None, typer.Option(help="In tokens.", rich_help_panel=_TRAINING)] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, such as wire.values=fp16. Repeatable."),
-    ] = None,
+    fields: dict[str, Any],
     idempotency_key: Annotated[str | None, typer.Option(help="The same key finds the same job.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show the job until it ends.")] = False,
 ) -> None:
     """Submit a job and print its id."""
-    fields = {} if spec is None else read_spec(spec)
-    put_flags(
-        fields,
-        {
-            "model": model,
-            "training_file": training_file,
-            "validation_file": validation_file,
-            "suffix": suffix,
-            "seed": seed,
-            "adapter.type": adapter,
-            "adapter.r": r,
-            "adapter.lora_alpha": lora_alpha,
-            "adapter.target_modules": None if target_modules is None else _targets(target_modules),
-            "adapter.init_from": init_from,
-            "fold": fold,
-            "hyperparameters.n_epochs": n_epochs,
-            "hyperparameters.max_steps": max_steps,
-            "hyperparameters.batch_size": batch_size,
-            "hyperparameters.max_length": max_length,
-            "hyperparameters.learning_rate": learning_rate,
-        },
-    )
-    put_settings(fields, settings or [])
-    if isinstance(fields.get("adapter"), dict):
-        fields["adapter"].setdefault("type", "lora")
-    JobSpec.parse(fields)  # before files are uploaded for it
-    for name in ("training_file", "validation_file"):
-        if fields.get(name) is not None:
-            fields[name] = _uploaded(session, fields[name], name, part_key(idempotency_key, name))
+    fields = _with_files(session, fields, [], idempotency_key)
     job = session.client.fine_tuning.jobs.create(**fields, idempotency_key=idempotency_key)
     if watch:
         session.say(f"Job {job.id}")
@@ -95,16 +39,44 @@ def create(
         session.one(job, job.id)
 
 
-def _targets(text: str) -> str | list[str]:
-    return text if text == "all-linear" else [part.strip() for part in text.split(",")]
+@app.command()
+@connected
+@with_fields
+def estimate(session: Session, fields: dict[str, Any]) -> None:
+    """Tell what such a job would take: memory, bytes and time. Nothing is made, and files are not kept."""
+    uploaded: list[str] = []
+    try:
+        record = session.client.fine_tuning.jobs.estimate(**_with_files(session, fields, uploaded))
+    finally:
+        for file in uploaded:
+            session.client.files.delete(file)
+    session.one(record, estimate_details(record))
 
 
-def _uploaded(session: Session, file: str, name: str, key: str | None) -> str:
-    if ids.valid("file", file):
-        return file
-    if not Path(file).is_file():
-        raise ColaError(Reason.INVALID_JOB, param=name, problem=f"{file} is no file's id, and no file on this machine")
-    return session.client.files.create(file=file, purpose="fine-tune", idempotency_key=key).id
+def _with_files(
+    session: Session, fields: dict[str, Any], uploaded: list[str], key: str | None = None
+) -> dict[str, Any]:
+    """The fields with ids in the place of paths; those of files that had to be uploaded go to `uploaded`."""
+
+    def id_of(file: str, name: str, part: str) -> str:
+        if ids.valid("file", file):
+            return file
+        if not Path(file).is_file():
+            problem = f"{file} is no file's id, and no file on this machine"
+            raise ColaError(Reason.INVALID_JOB, param=name, problem=problem)
+        made = session.client.files.create(file=file, purpose="fine-tune", idempotency_key=part_key(key, part))
+        uploaded.append(made.id)
+        return made.id
+
+    fields = dict(fields)
+    for name in ("training_file", "validation_file"):
+        if fields.get(name) is not None:
+            fields[name] = id_of(fields[name], name, name)
+    fields["joint_files"] = [
+        id_of(file, "joint_files", f"joint_files.{number}")
+        for number, file in enumerate(fields.get("joint_files") or ())
+    ]
+    return fields
 
 
 @app.command("list")
@@ -113,9 +85,14 @@ def list_(
     session: Session,
     after: Annotated[str | None, typer.Option(help="Go on behind this job.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing them, until Ctrl-C.")] = False,
 ) -> None:
     """List the jobs."""
-    session.page(JOBS, session.client.fine_tuning.jobs.list(after=after, limit=limit), none="No jobs.")
+    jobs = session.client.fine_tuning.jobs
+    if watch:
+        session.watch(JOBS, lambda: jobs.list(after=after, limit=limit).data, none="No jobs.")
+    else:
+        session.page(JOBS, jobs.list(after=after, limit=limit), none="No jobs.")
 
 
 @app.command()

@@ -14,15 +14,21 @@ workers = typer.Typer(help="The server's workers: list and drain.", no_args_is_h
 @models.command("list")
 @connected
 def list_models(session: Session) -> None:
-    """List the base models that jobs can name."""
+    """List the base models that jobs can name, and what the thread that computes for them does with its time."""
     session.many(MODELS, session.client.models.list(), none="No models.")
 
 
 @workers.command("list")
 @connected
-def list_workers(session: Session) -> None:
+def list_workers(
+    session: Session,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing them, until Ctrl-C.")] = False,
+) -> None:
     """List the workers that the server knows."""
-    session.many(WORKERS, session.client.workers.list(), none="No workers.")
+    if watch:
+        session.watch(WORKERS, session.client.workers.list, none="No workers.")
+    else:
+        session.many(WORKERS, session.client.workers.list(), none="No workers.")
 
 
 @workers.command()

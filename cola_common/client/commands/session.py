@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec, Self, TypeVar, final
 import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 from cola_common.client.jobs import JobFailedError
@@ -25,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R", bound=BaseModel)
 
 PIPE_WIDTH = 240  # what goes to a pipe or a file is searched and cut: rows stay whole
+REFRESH_SECONDS = 1.0
 DEFAULT_SERVER = "127.0.0.1:50051"
 _PANEL = "Server and output"
 
@@ -119,6 +122,28 @@ class Session:
         if page.has_more and not self.json:
             last: Any = page.data[-1]
             self.console.print(f"There are more: --after {last.id}", style="dim", soft_wrap=True)
+
+    def watch(self, columns: Sequence[Column[R]], fetch: Callable[[], Iterable[R]], *, none: str) -> None:
+        """Shows records as they change, until Ctrl-C: on a terminal one table, elsewhere a line for each that is new or
+        looks different; as JSON, where that is asked for.
+        """
+        if not self.json and self.console.is_terminal and not self.console.is_dumb_terminal:
+            with Live(console=self.console, auto_refresh=False) as live:
+                while True:
+                    found = list(fetch())
+                    live.update(table(columns, found) if found else Text(none), refresh=True)
+                    time.sleep(REFRESH_SECONDS)
+        seen: dict[object, tuple[str, ...]] = {}
+        while True:
+            for record in fetch():
+                name, *_ = cells = tuple(str(column.cell(record)) for column in columns)
+                if seen.get(name) != cells:
+                    seen[name] = cells
+                    if self.json:
+                        self.line(record)
+                    else:
+                        self.say("  ".join(filter(None, cells)))
+            time.sleep(REFRESH_SECONDS)
 
     def line(self, record: BaseModel) -> None:
         """Writes a record of a stream: one line of JSON."""
