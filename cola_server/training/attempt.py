@@ -229,7 +229,7 @@ class Attempt:
             first = step * interval
             last = min(first + interval, p.total_batches)
             metrics = await self._step(exchange, adapter, merging, step, range(first, last))
-            cadence.stepped(metrics.seconds, metrics.sent_bytes + metrics.received_bytes)
+            cadence.stepped(_own_seconds(metrics), metrics.sent_bytes + metrics.received_bytes)
             self._trained_tokens += metrics.tokens
             end_of_epoch = last // p.batches.per_epoch > first // p.batches.per_epoch
             final = step + 1 == p.total_steps
@@ -492,6 +492,11 @@ class Attempt:
         if verdict is not None:
             self._services.fleet.quarantine(verdict.worker, verdict.problem)
             await self._records.tell(f"Worker {verdict.worker} is quarantined: {verdict.problem}", level="warn")
+
+
+def _own_seconds(step: StepMetrics) -> float:
+    """What a step took but for waiting for other jobs: to repeat it is so much work."""
+    return step.model_seconds + step.encode_seconds + step.wire_seconds + step.worker_seconds + step.fold_seconds
 
 
 def _encoded(shard: Mapping[str, torch.Tensor]) -> dict[str, EncodedTensor]:

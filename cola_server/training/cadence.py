@@ -29,7 +29,7 @@ class Cadence:
         self._steps, self._seconds, self._bytes = 0, 0.0, 0
 
     def stepped(self, seconds: float, nbytes: int) -> None:
-        """A step took so long, and moved so many bytes to and from the workers."""
+        """A step was so much work, other jobs' time not counted, and moved so many bytes to and from the workers."""
         self._steps += 1
         self._seconds += seconds
         self._bytes += nbytes
