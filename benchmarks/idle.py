@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import write_record
+from benchmarks.small import save_llama
 from cola_common.client import Client
 from tests.support.cluster import Cluster
 
@@ -27,26 +28,6 @@ LAYERS, HIDDEN, RANK, LENGTH, JOBS = 4, 512, 8, 64, 2
 TARGETS = ["q_proj", "v_proj"]
 WORKERS = ("a", "b")
 WARM = 3
-
-
-def save_model(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.support.models import VOCABULARY, tokenizer
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2 * LENGTH,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def submit(client: Client, number: int, batch: int = 1) -> str:
@@ -120,7 +101,16 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         flags = ["--threads=1", f"--cohort-tokens={JOBS * LENGTH}", f"--max-running-jobs={max(counts) * JOBS}"]
-        with Cluster(root / "run", {"small": save_model(root / "small")}, workers=0, flags=flags) as cluster:
+        with Cluster(
+            root / "run",
+            {
+                "small": save_llama(
+                    root / "small", layers=LAYERS, hidden=HIDDEN, intermediate=2 * HIDDEN, heads=8, positions=2 * LENGTH
+                )
+            },
+            workers=0,
+            flags=flags,
+        ) as cluster:
             for name in WORKERS:
                 cluster.start_worker(name, ["--threads=1"], faulty=True)
             cluster.await_workers(len(WORKERS))

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import write_record
+from benchmarks.small import save_llama
 from cola_common.client import Client
 from cola_common.jobs import StepMetrics
 from tests.support.cluster import Cluster
@@ -62,26 +63,6 @@ def serve() -> None:
     (folder,) = (word.partition("=")[2] for word in sys.argv if word.startswith("--data-dir="))
     owners.place = forced(owners.place, Path(folder).parent / "split")
     server()
-
-
-def save_model(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.support.models import VOCABULARY, tokenizer
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2 * LENGTH,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def submit(client: Client, file: str, steps: int) -> str:
@@ -137,7 +118,11 @@ def main(
     rows = "\n".join(json.dumps({"text": " ".join(f"w{(i + i * j) % 50}" for j in range(LENGTH))}) for i in range(64))
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        models = {"small": save_model(root / "small")}
+        models = {
+            "small": save_llama(
+                root / "small", layers=LAYERS, hidden=WIDTH, intermediate=WIDTH, heads=4, positions=2 * LENGTH
+            )
+        }
         with Server(root, models, workers=0, flags=["--threads=1", "--snapshot-steps=0"]) as cluster:
             for name in ("a", "b"):
                 cluster.start_worker(name, ["--threads=1"])

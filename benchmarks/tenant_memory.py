@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.record import write_record
+from benchmarks.small import save_llama
 from cola_common.client import Client
 from tests.support.cluster import Cluster
 
@@ -45,27 +46,6 @@ def resident(pid: int | str) -> int:
     """RSS in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
-def save_model(folder: Path) -> Path:
-    """The model, with a tokenizer of 64 words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.support.models import VOCABULARY, tokenizer
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2 * LENGTH,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def submit(client: Client, number: int, **hyperparameters: int) -> str:
@@ -149,7 +129,9 @@ def main(
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        model = save_model(root / "small")
+        model = save_llama(
+            root / "small", layers=LAYERS, hidden=HIDDEN, intermediate=2 * HIDDEN, heads=4, positions=2 * LENGTH
+        )
         command = [sys.executable, "-m", "benchmarks.tenant_memory", f"--counts={counts}", f"--peft={model}"]
         told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         of_peft = {int(count): rss for count, rss in json.loads(told.splitlines()[-1]).items()}

@@ -122,15 +122,6 @@ def place(
     return _owners(best if pays else stay)
 
 
-def predicted(shards: Sequence[ShardLoad], candidates: Sequence[Candidate], owners: Mapping[int, str]) -> float:
-    """The price of a placement in seconds a batch; see the module."""
-    by_name = {c.worker: c for c in candidates}
-    parts: _Parts = {}
-    for group in _grouped(shards):
-        parts.setdefault(by_name[owners[group.shards[0]]], []).append(group)
-    return _price(parts)
-
-
 def carried(shards: Sequence[ShardLoad], owners: Mapping[int, str]) -> Mapping[str, Load]:
     """What the job asks of each of its owners."""
     loads: dict[str, Load] = {}

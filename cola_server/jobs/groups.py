@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import JobFailure, JobSpec, JobStatus
+from cola_common.jobs import Collaboration, JobFailure, JobSpec, JobStatus
 from cola_server.jobs import rows
 from cola_server.jobs.tables import JobRow
 
@@ -29,14 +29,13 @@ def to_join(session: Session, tenant: str, spec: JobSpec) -> str | None:
     query = select(JobRow).where(
         JobRow.tenant == tenant, JobRow.group_id.is_not(None), JobRow.status.not_in(rows.TERMINAL)
     )
-    found = [row for row in session.scalars(query) if _spec(row).collaboration.group == name]  # type: ignore[union-attr]
-    if not found or found[0].group_id is None:
+    id = next((row.group_id for row in session.scalars(query) if _collaboration(row).group == name), None)
+    if id is None:
         return None
-    there = members(session, found[0].group_id)
-    first = _spec(there[0])
-    assert first.collaboration is not None
+    there = members(session, id)
+    first, size = _spec(there[0]), _collaboration(there[0]).size
     for param, mine, theirs in (
-        ("collaboration.size", spec.collaboration.size, first.collaboration.size),
+        ("collaboration.size", spec.collaboration.size, size),
         ("model", spec.model, first.model),
         (
             "hyperparameters.adaptation_interval",
@@ -47,22 +46,20 @@ def to_join(session: Session, tenant: str, spec: JobSpec) -> str | None:
         if mine != theirs:
             problem = f"{mine!r}, but the group {name!r} of job {there[0].id} has {theirs!r}"
             raise ColaError(Reason.INVALID_JOB, param=param, problem=problem)
-    if len(there) >= first.collaboration.size:
+    if len(there) >= size:
         problem = (
             f"all {len(there)} members of {name!r} are there; the name is free again once they have ended: "
             + ", ".join(row.id for row in there)
         )
         raise ColaError(Reason.INVALID_JOB, param="collaboration.group", problem=problem)
-    return found[0].group_id
+    return id
 
 
 def break_up(session: Session, member: JobRow) -> list[str]:
     """A member has failed or was cancelled: those that have not ended fail with it. Returns: their ids."""
     if member.group_id is None:
         return []
-    spec = _spec(member)
-    assert spec.collaboration is not None
-    error = ColaError(Reason.GROUP_BROKEN, group=spec.collaboration.group, job=member.id, status=member.status)
+    error = ColaError(Reason.GROUP_BROKEN, group=_collaboration(member).group, job=member.id, status=member.status)
     failure = JobFailure(code=error.reason, message=error.message)
     others = [row for row in members(session, member.group_id) if row.status not in rows.TERMINAL]
     for row in others:
@@ -75,3 +72,9 @@ def break_up(session: Session, member: JobRow) -> list[str]:
 
 def _spec(row: JobRow) -> JobSpec:
     return JobSpec.model_validate(row.spec)
+
+
+def _collaboration(member: JobRow) -> Collaboration:
+    collaboration = _spec(member).collaboration
+    assert collaboration is not None, "who has a group has been asked to"
+    return collaboration

@@ -46,6 +46,11 @@ class Request:
     batch: Callable[[], JobBatch]
     answer: "asyncio.Future[Pass]" = field(init=False)
 
+    @property
+    def company(self) -> object:
+        """Who has the same may share its pass. A merged job has its weights in the base: it is alone."""
+        return self.base, self.length, self.job if self.merging is not None else None
+
     def __post_init__(self) -> None:
         self.answer = asyncio.get_running_loop().create_future()
 
@@ -60,8 +65,8 @@ class Cohorts:
         self._budget = budget
         self._lock = threading.Lock()  # of all that follows, and of the shares
         self._waiting: list[Request] = []
-        self._away: dict[tuple[str, int], dict[str, int]] = {}
-        """Of the last cohort, by its base and length: tokens by job. Who of it does not wait again is on its way."""
+        self._last: tuple[object, dict[str, int]] = (None, {})
+        """The last cohort: its company, and tokens by job. Who of it does not wait again is on its way."""
         self._going = False
         """Whether a pass runs, or is to run."""
         self._seconds_a_token = 1.0  # until a pass tells: all clocks are at 0 then, and any number weighs the seats
@@ -109,7 +114,7 @@ class Cohorts:
             return []
         cohort = [next(request for request in self._waiting if request.tenant == tenants[0])]
         taken = Counter({cohort[0].tenant: cohort[0].tokens})
-        others = [r for r in self._waiting if r is not cohort[0] and _together(cohort[0], r)]
+        others = [r for r in self._waiting if r is not cohort[0] and r.company == cohort[0].company]
         budget = self._fair_half([*cohort, *others])
         while others := [r for r in others if taken.total() + r.tokens <= budget]:
             ahead = {r.tenant: self._shares.ahead(r.tenant, taken[r.tenant] * self._seconds_a_token) for r in others}
@@ -119,17 +124,15 @@ class Cohorts:
             taken[seat.tenant] += seat.tokens
         for request in cohort:
             self._waiting.remove(request)
-        first = cohort[0]
-        of_one_kind = {} if first.merging is not None else {request.job: request.tokens for request in cohort}
-        self._away = {(first.base.name, first.length): of_one_kind}
+        self._last = cohort[0].company, {request.job: request.tokens for request in cohort}
         # Neighbours that are alike are computed as one.
         return sorted(cohort, key=lambda request: request.kind)
 
     def _fair_half(self, waiting: Sequence[Request]) -> int:
         """The budget of a cohort out of these: where others come back soon, it leaves them as much as it takes."""
         here = {request.job: request.tokens for request in waiting}
-        last = self._away.get((waiting[0].base.name, waiting[0].length), {})
-        away = sum(tokens for job, tokens in last.items() if job not in here)
+        company, last = self._last
+        away = sum(last[job] for job in last.keys() - here.keys()) if company == waiting[0].company else 0
         return min(self._budget, -(-(sum(here.values()) + away) // 2)) if away else self._budget
 
     def _share_out(self, cohort: Sequence[Request], results: Sequence[BatchResult | Exception], seconds: float) -> None:
@@ -150,11 +153,6 @@ def _answer(request: Request, result: BatchResult | Exception, seconds: float) -
         request.answer.set_result(Pass(result, seconds))
     else:
         request.answer.set_exception(result)
-
-
-def _together(one: Request, other: Request) -> bool:
-    alone = one.merging is not None or other.merging is not None
-    return not alone and one.base is other.base and one.length == other.length
 
 
 def _train(cohort: Sequence[Request]) -> list[BatchResult | Exception]:
