@@ -1,3 +1,3 @@
 """What server, worker and client agree on."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

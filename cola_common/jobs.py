@@ -102,11 +102,46 @@ class Hyperparameters(_Record):
         return self
 
 
-class Wire(_Record):
-    """What travels: which rows, and in which values."""
+Rows = Literal["all", "exact", "sketch"]
+Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
-    rows: Literal["all"] = "all"
-    values: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "bf16"
+
+class Wire(_Record):
+    """What travels. `"auto"` leaves a choice to the server's planner, which keeps within `max_error`; what is named
+    holds whatever it loses. `wire="auto"` is short for all of it left open.
+    """
+
+    rows: Literal[Rows, "auto"] = "auto"
+    """`all` rows of x and g; `exact`, the gradient that a worker would make of them; `sketch`, fewer rows that make
+    nearly the same gradient.
+    """
+    values: Literal[Codec, "auto"] = "auto"
+    """The codec of what rows leaves."""
+    deltas: Literal[Codec, "auto"] = "auto"
+    """The codec of deltas; what it loses is carried to the next one."""
+    sketch_rows: int = Field(default=64, ge=1)
+    """Of a call, at most; for `sketch`."""
+    max_error: float = Field(default=0.0, ge=0, le=1)
+    """Of a step's gradient, relative to its norm, that what the planner chooses may make. 0: nothing may be lost."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return {} if value == "auto" else value
+
+
+class WirePlan(_Record):
+    """What the planner has chosen for a job, or what the job had named."""
+
+    rows: Rows
+    values: Codec
+    deltas: Codec
+    sketch_rows: int
+    max_error: float
+    """As in `Wire`: where a sketch would be further off than that, all rows are sent. 0: it is sent however far off."""
+    error: float
+    """Relative, of a step's gradient, that is expected of this; see `docs/wire.md`."""
+    reason: str
 
 
 class Method(_Record):
@@ -272,6 +307,8 @@ class Job(_Record):
     """In a collaboration: the id of its first job, which tells groups of one name apart."""
     queue_place: int | None = None
     """While it waits for its turn: 1 for the tenant's next."""
+    wire_plan: WirePlan | None = None
+    """What travels; known once the job has begun."""
 
     @property
     def model(self) -> str:
@@ -292,7 +329,8 @@ class JobEvent(_Record):
 
 
 class StepMetrics(_Record):
-    """What one optimizer step cost and gave. Seconds are wall time of the part; bytes are on the wire.
+    """What one optimizer step cost and gave. Seconds are wall time of the part; bytes are on the wire, "raw" ones would
+    be without codecs and reductions: fp32, every row, x and g of each site.
 
     The parts overlap: encoding and sending run while the backward pass still does.
     """
@@ -318,6 +356,16 @@ class StepMetrics(_Record):
     fold_seconds: float
     sent_bytes: int
     received_bytes: int
+    reduce_seconds: float = 0.0
+    """Rows to fewer rows, or to a gradient; not part of `encode_seconds`."""
+    decode_seconds: float = 0.0
+    """Of `worker_seconds`: reading captures."""
+    rows: int = 0
+    """That passed the sites, all calls together."""
+    sent_rows: int = 0
+    """That were sent: those of a gradient's parameters where that was sent in their place."""
+    raw_bytes: int = 0
+    raw_delta_bytes: int = 0
 
 
 class FileObject(_Record):
@@ -378,6 +426,8 @@ class Estimate(_Record):
     """Back from them."""
     seconds: float | None
     """With the server to itself; None where nothing like it has run since the server started."""
+    wire_plan: WirePlan
+    """What would travel, as the fleet is now."""
 
 
 class ModelCard(_Record):

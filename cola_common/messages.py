@@ -94,6 +94,8 @@ class Hello:
     capacity: Capacity
     codecs: tuple[str, ...]
     owned: tuple[OwnedShard, ...]
+    reductions: tuple[str, ...] = ("all",)
+    """What it takes of a capture's rows, as in `ShardPlan.rows`."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,14 @@ class Delta:
     """Of the worker's shards after this step, chained; see `cola_common.tensor.digest`."""
     worker_seconds: float
     tensors: tuple[EncodedTensor, ...]
+    decode_seconds: float = 0.0
+    """Of these, for reading captures."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The worker's half of a snapshot: the optimizer state of its shards of a job, after `step` steps.
+    """The worker's half of a snapshot: the optimizer state of its shards of a job, after `step` steps, and what the
+    codec of deltas has not yet let through.
 
     `names` are (shard index, `<parameter>.<entry>`) of each tensor in `tensors`, fp32; a shard that was never stepped
     has none.
@@ -201,6 +206,10 @@ class ShardPlan:
     d_in: int
     d_out: int
     group: int
+    rows: str = "all"
+    """What comes of its captures: `all` or `sketch`, x and g, in `sketch` fewer rows than there were; `exact`, the
+    gradient that the worker would make of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -224,23 +233,28 @@ class Assign:
     """(shard index, digest of parameters and optimizer state) as the snapshot has it; none where a job begins."""
     names: tuple[tuple[int, str], ...]
     tensors: tuple[EncodedTensor, ...]
+    deltas: str = "fp32"
+    """The codec of deltas."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one tensor of a capture is: `x` of a group and call, or `g` of a shard and call."""
+    """What one tensor of a capture is: `x` of a group and call, `g` of a shard and call, or `w`, the gradient in the
+    parameter `name` of a shard and call.
+    """
 
-    kind: str  # "x" or "g"
-    index: int  # the group's number for x, the shard's for g
+    kind: str  # "x", "g" or "w"
+    index: int  # the group's number for x, the shard's for g and w
     call: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Hidden inputs and output gradients of one batch; parts[i] says what tensors[i] is.
+    """Hidden inputs and output gradients of one batch, or what was made of them; parts[i] says what tensors[i] is.
 
     x is N×d_in, g is N×d_out, padding dropped. An x comes before, or in the same frame as, the first g of its group
-    and call. Small parts are packed into one frame.
+    and call. Gradients are as `cola_common.tensor.encode_parameter` writes them. Small parts are packed into one frame.
     """
 
     job: str
@@ -252,7 +266,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Calls:
-    """How often a shard's site was called in a batch, and the rows of all its calls together."""
+    """How often a shard's site was called in a batch, and the rows of all its calls together that were sent."""
 
     index: int
     calls: int

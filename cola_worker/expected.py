@@ -4,7 +4,10 @@ from cola_common import ids
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Assign, Capture, EncodedTensor, Part, ToWorker
-from cola_common.tensor import CODECS, nbytes
+from cola_common.tensor import CODECS, encoded_shape, nbytes
+
+REDUCTIONS = ("all", "exact", "sketch")
+"""What this worker takes of a capture's rows, as in `ShardPlan.rows`."""
 
 MAX_CALLS = 4096  # of one site in one batch; deeper recurrence than any model has, and a bound on what x are kept
 
@@ -18,16 +21,28 @@ class Expected:
     def __init__(self, assign: Assign) -> None:
         if not ids.valid("ftjob", assign.job):
             raise violation(f"{assign.job!r} is no job id")
-        if assign.values not in CODECS:
-            raise ColaError(Reason.UNSUPPORTED_CODEC, codec=assign.values, known=", ".join(CODECS))
+        for codec in (assign.values, assign.deltas):
+            if codec not in CODECS:
+                raise ColaError(Reason.UNSUPPORTED_CODEC, codec=codec, known=", ".join(CODECS))
         self.epoch = assign.epoch
         self._codec = assign.values
         self._max_rows = assign.max_rows
-        self._widths = {("g", s.index): s.d_out for s in assign.shards}
+        self._widths: dict[tuple[str, int], int] = {}
+        """Of x by group and g by shard."""
+        self._gradients: dict[tuple[int, str], tuple[int, ...]] = {}
+        """Shapes as they are written, by shard and parameter."""
         for shard in assign.shards:
+            if shard.rows not in REDUCTIONS:
+                raise violation(f"shard {shard.index} is to be sent {shard.rows!r} rows")
+            if shard.rows == "exact":
+                for name, shape in build(shard.family, shard.d_in, shard.d_out).shapes().items():
+                    self._gradients[shard.index, name] = encoded_shape(shape, self._codec)
+                continue
+            self._widths["g", shard.index] = shard.d_out
             if self._widths.setdefault(("x", shard.group), shard.d_in) != shard.d_in:
                 raise violation(f"group {shard.group} has inputs of two widths")
-        self.largest_bytes = max((nbytes(self._codec, (self._max_rows, w)) for w in self._widths.values()), default=0)
+        largest = [(self._max_rows, width) for width in self._widths.values()]
+        self.largest_bytes = max((nbytes(self._codec, s) for s in [*largest, *self._gradients.values()]), default=0)
         """Of one tensor of a capture."""
         self.state_bytes = sum(t.nbytes for t in assign.tensors)
         self._check_parameters(assign)
@@ -37,14 +52,29 @@ class Expected:
         if len(capture.parts) != len(capture.tensors) or len(set(capture.parts)) != len(capture.parts):
             raise violation("a capture's parts do not match its tensors")
         for part, tensor in zip(capture.parts, capture.tensors, strict=True):
-            width = self._widths.get((part.kind, part.index))
-            if width is None or not 0 <= part.call < MAX_CALLS:
+            if not 0 <= part.call < MAX_CALLS:
                 raise violation(f"{_named(part)} is not assigned here")
-            rows = tensor.shape[0] if tensor.shape else 0
-            if tensor.codec != self._codec or tensor.shape != (rows, width) or not 0 <= rows <= self._max_rows:
-                problem = f"{_named(part)} is {tensor.codec} {tensor.shape}"
-                raise violation(f"{problem}, not {self._codec} (up to {self._max_rows}, {width})")
+            if part.kind == "w":
+                self._check_gradient(part, tensor)
+            else:
+                self._check_rows(part, tensor)
             _check_size(_named(part), tensor)
+
+    def _check_gradient(self, part: Part, tensor: EncodedTensor) -> None:
+        shape = self._gradients.get((part.index, part.name))
+        if shape is None:
+            raise violation(f"{_named(part)} is not assigned here")
+        if tensor.codec != self._codec or tensor.shape != shape:
+            raise violation(f"{_named(part)} is {tensor.codec} {tensor.shape}, not {self._codec} {shape}")
+
+    def _check_rows(self, part: Part, tensor: EncodedTensor) -> None:
+        width = self._widths.get((part.kind, part.index))
+        if width is None:
+            raise violation(f"{_named(part)} is not assigned here")
+        rows = tensor.shape[0] if tensor.shape else 0
+        if tensor.codec != self._codec or tensor.shape != (rows, width) or not 0 <= rows <= self._max_rows:
+            problem = f"{_named(part)} is {tensor.codec} {tensor.shape}"
+            raise violation(f"{problem}, not {self._codec} (up to {self._max_rows}, {width})")
 
     @staticmethod
     def _check_parameters(assign: Assign) -> None:
@@ -110,7 +140,8 @@ def _check_size(what: str, tensor: EncodedTensor) -> None:
 
 
 def _named(part: Part) -> str:
-    return f"{part.kind} of {'group' if part.kind == 'x' else 'shard'} {part.index}, call {part.call}"
+    of = f"{'group' if part.kind == 'x' else 'shard'} {part.index}, call {part.call}"
+    return f"gradient {part.name!r} of {of}" if part.kind == "w" else f"{part.kind} of {of}"
 
 
 def violation(problem: str) -> ColaError:

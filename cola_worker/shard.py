@@ -8,7 +8,10 @@ from cola_common.adapters import build
 from cola_common.adapters.base import Parameters
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import EncodedTensor, OptimizerPlan, ShardPlan
-from cola_common.tensor import decode, digest, encode
+from cola_common.tensor import decode_parameter, digest, encode_parameter
+
+REMAINDER = "remainder"
+"""The entry of a parameter's state that no optimizer has: what the codec has not let through so far."""
 
 _ENTRIES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
@@ -18,15 +21,22 @@ _ENTRIES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 
 
 class Shard:
-    """Parameters and optimizer state are fp32 on the CPU; `parameters` must be this object's own."""
+    """Parameters and optimizer state are fp32 on the CPU; `parameters` must be this object's own. `deltas` is a codec.
 
-    def __init__(self, plan: ShardPlan, parameters: Parameters, optimizer: OptimizerPlan) -> None:
+    What that codec loses of a delta is kept and added to the next one (error feedback; Seide et al. 2014): parameters
+    stay within one delta's loss of where the optimizer wants them, instead of drifting off.
+    """
+
+    def __init__(self, plan: ShardPlan, parameters: Parameters, optimizer: OptimizerPlan, deltas: str = "fp32") -> None:
         self.plan = plan
         self.adapter = build(plan.family, plan.d_in, plan.d_out)
         self.parameters = {name: parameters[name] for name in self.adapter.shapes()}
         self.digest = digest.state(self.parameters)
         """Chained over the deltas since the shard was assigned."""
         self._optimizer = _optimizer(self.parameters, optimizer)
+        self._codec = deltas
+        self._remainders: Parameters = {}
+        """None of fp32, which loses nothing."""
 
     def step(self, gradient: Parameters, rate: float) -> tuple[EncodedTensor, ...]:
         """One optimizer step at learning rate `rate`. Returns: the delta of each parameter, in their order.
@@ -43,19 +53,26 @@ class Shard:
         deltas = []
         for name, p in self.parameters.items():
             p.grad = None
-            deltas.append(encode(p - old[name], "fp32"))
-            torch.add(old[name], decode(deltas[-1]), out=p)
+            wanted = p - old[name]
+            if name in self._remainders:
+                wanted += self._remainders.pop(name)
+            deltas.append(encode_parameter(wanted, self._codec))
+            delta = decode_parameter(deltas[-1], tuple(p.shape))
+            if self._codec != "fp32":
+                self._remainders[name] = wanted - delta
+            torch.add(old[name], delta, out=p)
         self.digest = digest.chain(self.digest, tuple(self.parameters), deltas)
         return tuple(deltas)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors as `<parameter>.<entry>`; none before the first step."""
-        return {
+        """The optimizer's tensors as `<parameter>.<entry>`, and remainders; none before the first step."""
+        state = {
             f"{name}.{entry}": value
             for name, p in self.parameters.items()
             for entry, value in self._optimizer.state[p].items()
             if isinstance(value, torch.Tensor)  # SGD without momentum keeps a None
         }
+        return state | {f"{name}.{REMAINDER}": value for name, value in self._remainders.items()}
 
     def state_digest(self) -> str:
         """Of parameters and optimizer state together: what a snapshot proves."""
@@ -68,6 +85,11 @@ class Shard:
         """
         for name, p in self.parameters.items():
             entries = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
+            remainder = entries.pop(REMAINDER, None)
+            if remainder is not None:
+                if remainder.shape != p.shape:
+                    raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"a remainder of {name} of another shape")
+                self._remainders[name] = remainder
             shapes = {entry: () if entry == "step" else p.shape for entry in _ENTRIES[type(self._optimizer)]}
             if entries and {entry: value.shape for entry, value in entries.items()} != shapes:
                 raise ColaError(Reason.PROTOCOL_VIOLATION, problem=f"{sorted(entries)} is no state of this optimizer")

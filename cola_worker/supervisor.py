@@ -11,6 +11,7 @@ from cola_common.messages import PROTOCOL, Capacity, Hello, ToServer, ToWorker
 from cola_common.rpc.duplex import Duplex, StreamBroken
 from cola_common.tensor import CODECS
 from cola_worker.backoff import wait_seconds
+from cola_worker.expected import REDUCTIONS
 from cola_worker.session import Session
 from cola_worker.shards import Shards
 
@@ -92,4 +93,5 @@ class Supervisor:
             capacity=self._capacity,
             codecs=CODECS,
             owned=await asyncio.to_thread(self._shards.owned),
+            reductions=REDUCTIONS,
         )

@@ -189,7 +189,7 @@ class _Job:
             of_shard = (optimizer if "." in name else parameters)[index]
             of_shard[name] = decode(tensor, what=f"{name} of shard {index}")
         ordered = sorted(assign.shards, key=lambda s: s.index)
-        self.shards = {s.index: Shard(s, parameters[s.index], assign.plan) for s in ordered}
+        self.shards = {s.index: Shard(s, parameters[s.index], assign.plan, assign.deltas) for s in ordered}
         for index, state in optimizer.items():
             self.shards[index].take_up(state)
         self._digest = self._chained()
@@ -201,6 +201,7 @@ class _Job:
         """The step's gradients, while they wait for the norm of those that other workers have."""
         self._squares: Squares = ()
         self._seconds = 0.0
+        self._decode_seconds = 0.0
 
     def capture(self, message: Capture) -> list[ToServer]:
         with self._timed():
@@ -222,6 +223,7 @@ class _Job:
             if not message.batches:
                 return []
             means = self._gradients.mean(message.batches)
+            self._decode_seconds = self._gradients.decode_seconds
             self._gradients = Gradients(self.shards)
             self._squares = tuple((index, square(gradient)) for index, gradient in means.items())
             for index, value in self._squares:
@@ -283,6 +285,7 @@ class _Job:
             digest=self._digest,
             worker_seconds=self._seconds,
             tensors=tuple(tensor for tensors in deltas.values() for tensor in tensors),
+            decode_seconds=self._decode_seconds,
         )
         self.step += 1
         self._seconds = 0.0

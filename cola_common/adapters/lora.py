@@ -7,7 +7,6 @@ import math
 from typing import final
 
 import torch
-from torch.nn import functional
 
 from cola_common.adapters.base import Adapter, Cost, Parameters
 from cola_common.adapters.seeding import generator
@@ -35,24 +34,27 @@ class LoraAdapter(Adapter):
 
     def forward(self, parameters: Parameters, x: torch.Tensor) -> torch.Tensor:
         A_RD, B_OR = parameters["A"], parameters["B"]
-        # s goes onto the thin product: R numbers a row instead of O.
-        return functional.linear(functional.linear(x.to(A_RD.dtype), A_RD) * self.scale, B_OR).to(x.dtype)
+        # s goes onto the thin product: R numbers a row instead of O. It lies down, R rows of N, as all of them here: as
+        # columns the same products took 1.5 to 3 times as long on a CPU, over all shapes of SmolLM2's sites.
+        u_RN = (A_RD @ _rows(x.to(A_RD.dtype)).T) * self.scale
+        return (u_RN.T @ B_OR.T).to(x.dtype).view(*x.shape[:-1], self.d_out)
 
     def pull(self, parameters: Parameters, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         # <G, s dX Aᵀ Bᵀ> = <s G B A, dX>.
         A_RD, B_OR = parameters["A"], parameters["B"]
-        return ((g.to(A_RD.dtype) @ B_OR).mul_(self.scale) @ A_RD).to(x.dtype)
+        v_RN = (B_OR.T @ _rows(g.to(A_RD.dtype)).T).mul_(self.scale)
+        return (v_RN.T @ A_RD).to(x.dtype).view(x.shape)
 
     def vjp(self, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
-        # Y = s X Aᵀ Bᵀ and dL = <G, dY>. With U = s X Aᵀ and V = s G B, both N×R:
-        #   <G, U dBᵀ>       = <Gᵀ U, dB>   so  ∂L/∂B = Gᵀ U
-        #   <G, s X dAᵀ Bᵀ>  = <Vᵀ X, dA>   so  ∂L/∂A = Vᵀ X
+        # Y = s X Aᵀ Bᵀ and dL = <G, dY>. With U = s A Xᵀ and V = s Bᵀ Gᵀ, both R×N:
+        #   <G, Uᵀ dBᵀ>      = <(U G)ᵀ, dB>   so  ∂L/∂B = (U G)ᵀ
+        #   <G, s X dAᵀ Bᵀ>  = <V X, dA>      so  ∂L/∂A = V X
         # No product is wider than X and G themselves.
         A_RD, B_OR = parameters["A"], parameters["B"]
         x_ND, g_NO = x_ND.to(A_RD.dtype), g_NO.to(A_RD.dtype)
-        u_NR = (x_ND @ A_RD.T).mul_(self.scale)
-        v_NR = (g_NO @ B_OR).mul_(self.scale)
-        return {"A": v_NR.T @ x_ND, "B": g_NO.T @ u_NR}
+        u_RN = (A_RD @ x_ND.T).mul_(self.scale)
+        v_RN = (B_OR.T @ g_NO.T).mul_(self.scale)
+        return {"A": v_RN @ x_ND, "B": (u_RN @ g_NO).T.contiguous()}
 
     def delta_weight(self, parameters: Parameters) -> torch.Tensor:
         return (parameters["B"] @ parameters["A"]).mul_(self.scale)
@@ -60,3 +62,7 @@ class LoraAdapter(Adapter):
     def cost(self, rows: int) -> Cost:
         thin = 2 * rows * self.r * (self.d_in + self.d_out)
         return Cost(forward_flops=thin, vjp_flops=2 * thin, parameter_bytes=4 * self.r * (self.d_in + self.d_out))
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1])

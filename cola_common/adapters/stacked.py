@@ -31,20 +31,34 @@ class Stack(ABC):
 
 @final
 class LoraStack(Stack):
-    """(g sB) A and (x Aᵀ)(sB)ᵀ, batched."""
+    """The products of `LoraAdapter`, batched."""
 
     def __init__(self, adapters: Sequence[LoraAdapter], parameters: Sequence[Parameters]) -> None:
-        rank = max(adapter.r for adapter in adapters)
+        self._ranks = [adapter.r for adapter in adapters]
+        rank = max(self._ranks)
         self._A_JRD = torch.stack([functional.pad(p["A"], (0, 0, 0, rank - len(p["A"]))) for p in parameters])
         self._B_JOR = torch.stack([functional.pad(p["B"], (0, rank - p["B"].shape[1])) for p in parameters])
-        self._B_JOR.mul_(_scales(adapters, self._B_JOR))
+        self._scale_J11 = _scales(adapters, self._A_JRD)
 
     def add(self, h_JNO: torch.Tensor, x_JND: torch.Tensor, out: torch.Tensor) -> None:
-        thin = torch.bmm(x_JND.to(self._A_JRD.dtype), self._A_JRD.mT)
-        _add(h_JNO, thin, self._B_JOR.mT, out)
+        _add(h_JNO, self._thin_x(x_JND.to(self._A_JRD.dtype)).mT, self._B_JOR.mT, out)
 
     def pull(self, x_JND: torch.Tensor, g_JNO: torch.Tensor, out: torch.Tensor) -> None:
-        _product(torch.bmm(g_JNO.to(self._B_JOR.dtype), self._B_JOR), self._A_JRD, out)
+        _product(self._thin_g(g_JNO.to(self._A_JRD.dtype)).mT, self._A_JRD, out)
+
+    def vjp(self, x_JND: torch.Tensor, g_JNO: torch.Tensor) -> list[Parameters]:
+        """Each adapter's gradient, as its own `vjp` makes it up to rounding."""
+        x_JND, g_JNO = x_JND.to(self._A_JRD.dtype), g_JNO.to(self._A_JRD.dtype)
+        of_A_JRD = torch.bmm(self._thin_g(g_JNO), x_JND)
+        of_B_JRO = torch.bmm(self._thin_x(x_JND), g_JNO)
+        each = zip(self._ranks, of_A_JRD, of_B_JRO, strict=True)
+        return [{"A": of_A_RD[:r], "B": of_B_RO[:r].T.contiguous()} for r, of_A_RD, of_B_RO in each]
+
+    def _thin_x(self, x_JND: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self._A_JRD, x_JND.mT).mul_(self._scale_J11)
+
+    def _thin_g(self, g_JNO: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self._B_JOR.mT, g_JNO.mT).mul_(self._scale_J11)
 
 
 @final

@@ -55,6 +55,8 @@ class Report:
     """Whether the two are within `AGREEMENT`."""
     sent_bytes: int
     received_bytes: int
+    raw_bytes: int
+    """What both would be with every row in fp32."""
     training_seconds: float
     part_seconds: dict[str, float]
     """Sums over the steps; the parts overlap."""
@@ -135,10 +137,11 @@ def run(console: Console, *, model: str | None, steps: int, workers: int, output
         agrees=abs(loss - losses["after"]["mean"]) < AGREEMENT,
         sent_bytes=sum(record.sent_bytes for record in metrics),
         received_bytes=sum(record.received_bytes for record in metrics),
+        raw_bytes=sum(record.raw_bytes + record.raw_delta_bytes for record in metrics),
         training_seconds=sum(record.seconds for record in metrics),
         part_seconds={
             part: sum(getattr(record, f"{part}_seconds") for record in metrics)
-            for part in ("model", "encode", "wire", "worker", "fold")
+            for part in ("model", "reduce", "encode", "wire", "worker", "fold")
         },
         total_seconds=time.monotonic() - began,
     )
@@ -160,7 +163,8 @@ def show(console: Console, report: Report, output: Path) -> None:
     )
     table.add_row(
         "On the wire",
-        f"{report.sent_bytes / 1e6:.1f} MB to the workers, {report.received_bytes / 1e6:.1f} MB back",
+        f"{report.sent_bytes / 1e6:.1f} MB to the workers, {report.received_bytes / 1e6:.1f} MB back: "
+        f"{report.raw_bytes / (report.sent_bytes + report.received_bytes):.1f} times fewer than every row in fp32",
     )
     parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.part_seconds.items())
     table.add_row("Training", f"{report.training_seconds:.1f} s; parts, which overlap: {parts}")
@@ -187,7 +191,6 @@ def _train(
             "max_length": MAX_LENGTH,
             "learning_rate": LEARNING_RATE,
         },
-        wire={"rows": "all", "values": "bf16"},
     )
     job = watch(client, job.id, console)
     if job.status is not JobStatus.SUCCEEDED:

@@ -47,7 +47,7 @@ class JobFields(TypedDict, total=False):
     adapter: Mapping[str, Any] | None
     hyperparameters: Mapping[str, Any] | None
     fold: Literal["unmerged", "merged"] | None
-    wire: Mapping[str, Any] | None
+    wire: Mapping[str, Any] | Literal["auto"] | None
     collaboration: Mapping[str, Any] | None
 
 

@@ -25,6 +25,7 @@ _FULL, _EMPTY = "█", "░"
 # What a step consists of: label, field of `StepMetrics`, colour.
 PARTS = (
     ("model", "model_seconds", "blue"),
+    ("reduce", "reduce_seconds", "bright_blue"),
     ("encode", "encode_seconds", "cyan"),
     ("wire", "wire_seconds", "yellow"),
     ("worker", "worker_seconds", "green"),

@@ -13,6 +13,15 @@ def count_text(number: float) -> str:
     return _scaled(number, ("", "k", "M", "B", "T")).replace(" ", "")
 
 
+def times_text(whole: float, part: float) -> str:
+    """How many times a part goes into a whole: `"1.25×"`, `"12.3×"`, `"384×"`; empty where one of them is nothing."""
+    if not whole or not part:
+        return ""
+    times = whole / part
+    digits = 2 if times < 9.995 else 1 if times < 99.95 else 0
+    return f"{times:.{digits}f}×"
+
+
 def seconds_text(seconds: float) -> str:
     """A short time, such as a step's: `"640 µs"`, `"84 ms"`, `"2.41 s"`."""
     if seconds < 0.9995e-3:

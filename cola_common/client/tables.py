@@ -12,15 +12,13 @@ from cola_common.client.quantities import (
     bytes_text,
     count_text,
     day_text,
-    duration_text,
     seconds_text,
     time_text,
+    times_text,
 )
 from cola_common.jobs import (
-    DEFAULT_TENANT,
     AdapterSpec,
     Checkpoint,
-    Estimate,
     FileObject,
     Job,
     JobEvent,
@@ -57,26 +55,15 @@ class Column(Generic[T]):
     """Gives way where the terminal is narrow; ids, which are copied, and numbers do not."""
 
 
-def table(columns: Sequence[Column[T]], records: Iterable[T]) -> Table:
-    """A record a row; columns in which nothing stands are left out."""
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+def table(columns: Sequence[Column[T]], records: Iterable[T], *, gap: int = 2) -> Table:
+    """A record a row, `gap` spaces between columns; columns in which nothing stands are left out."""
+    result = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     rows = [[column.cell(record) for column in columns] for record in records]
     filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     for column in (columns[i] for i in filled):
         result.add_column(column.heading, justify=column.justify, no_wrap=not column.breaks, overflow="fold")
     for row in rows:
         result.add_row(*(row[i] for i in filled))
-    return result
-
-
-def details(fields: Iterable[tuple[str, str | Text]]) -> Table:
-    """One record, a field a row; fields without a text are left out."""
-    result = Table.grid(padding=(0, 2))
-    result.add_column(style="dim", no_wrap=True)
-    result.add_column(overflow="fold")
-    for name, text in fields:
-        if text:
-            result.add_row(name, text)
     return result
 
 
@@ -102,52 +89,6 @@ def adapter_text(adapter: AdapterSpec) -> str:
     if adapter.type == "mlp":
         return f"mlp {'-'.join(map(str, adapter.hidden_sizes))}"
     return "linear"
-
-
-def targets_text(adapter: AdapterSpec) -> str:
-    """The modules that an adapter names."""
-    targets = adapter.target_modules
-    return targets if isinstance(targets, str) else " ".join(targets)
-
-
-def job_details(job: Job) -> Table:
-    """All that a user asks of one job."""
-    spec, h, group = job.spec, job.spec.hyperparameters, job.spec.collaboration
-    length = _counted(h.max_steps, "step") if h.max_steps is not None else _counted(h.n_epochs, "epoch")
-    batches = f"batches of {h.batch_size} × {h.max_length} tokens"
-    interval = f", a step every {h.adaptation_interval} batches" if h.adaptation_interval > 1 else ""
-    return details(
-        [
-            ("id", job.id),
-            ("tenant", "" if job.tenant == DEFAULT_TENANT else job.tenant),
-            ("status", status_text(job)),
-            ("group", "" if group is None else f"{group.group}, {_counted(group.size, 'job')}, {job.group_id}"),
-            ("error", Text("" if job.error is None else f"{job.error.code}: {job.error.message}", "red")),
-            ("steps", steps_text(job)),
-            ("trained tokens", f"{job.trained_tokens:,}" if job.trained_tokens else ""),
-            ("model", job.model),
-            ("fine-tuned model", job.fine_tuned_model or ""),
-            ("training file", spec.training_file),
-            ("with it", "  ".join(spec.joint_files)),
-            ("validation file", spec.validation_file or ""),
-            ("adapter", f"{adapter_text(spec.adapter)} on {targets_text(spec.adapter)}, {spec.fold}"),
-            ("continues from", spec.adapter.init_from or ""),
-            ("trains", f"{length}, {batches}{interval}"),
-            ("optimizer", f"{h.optimizer}, learning rate {h.learning_rate:g}, {h.lr_scheduler_type}"),
-            ("wire", f"{spec.wire.rows} rows in {spec.wire.values}"),
-            ("metadata", "  ".join(f"{key}={value}" for key, value in spec.metadata.items())),
-            *(
-                (name, time_text(value))
-                for name, value in (
-                    ("created", job.created_at),
-                    ("started", job.started_at),
-                    ("finished", job.finished_at),
-                    ("expected to finish", None if job.status.terminal else job.estimated_finish),
-                )
-                if value is not None
-            ),
-        ]
-    )
 
 
 JOBS: Sequence[Column[Job]] = (
@@ -179,6 +120,22 @@ METRICS: Sequence[Column[StepMetrics]] = (
     Column("sent", lambda m: _tight(bytes_text(m.sent_bytes)), "right"),
     Column("back", lambda m: _tight(bytes_text(m.received_bytes)), "right"),
 )
+
+TRAFFIC: Sequence[Column[StepMetrics]] = (
+    Column("step", lambda m: str(m.step), "right"),
+    Column("rows", lambda m: count_text(m.rows) if m.rows else "", "right"),
+    Column("sent\nrows", lambda m: count_text(m.sent_rows) if m.rows else "", "right"),
+    Column("raw", lambda m: _tight(bytes_text(m.raw_bytes)) if m.raw_bytes else "", "right"),
+    Column("sent", lambda m: _tight(bytes_text(m.sent_bytes)), "right"),
+    Column("ratio", lambda m: times_text(m.raw_bytes, m.sent_bytes), "right"),
+    Column("raw\nback", lambda m: _tight(bytes_text(m.raw_delta_bytes)) if m.raw_delta_bytes else "", "right"),
+    Column("back", lambda m: _tight(bytes_text(m.received_bytes)), "right"),
+    Column("reduce", lambda m: _tight(seconds_text(m.reduce_seconds)), "right"),
+    Column("encode", lambda m: _tight(seconds_text(m.encode_seconds)), "right"),
+    Column("wire", lambda m: _tight(seconds_text(m.wire_seconds)), "right"),
+    Column("decode", lambda m: _tight(seconds_text(m.decode_seconds)), "right"),
+)
+"""What is raw is not known of steps that an older server has done."""
 
 FILES: Sequence[Column[FileObject]] = (
     Column("file", lambda file: file.id),
@@ -219,49 +176,10 @@ WORKERS: Sequence[Column[WorkerCard]] = (
 )
 
 
-def file_details(file: FileObject) -> Table:
-    """All that is known of a file."""
-    return details(
-        [
-            ("id", file.id),
-            ("name", file.filename),
-            ("purpose", file.purpose),
-            ("size", f"{bytes_text(file.bytes)} ({file.bytes:,} bytes)"),
-            ("sha256", file.digest),
-            ("created", time_text(file.created_at)),
-        ]
-    )
-
-
-def estimate_details(estimate: Estimate) -> Table:
-    """What a job would take."""
-    fits = estimate.server_bytes <= estimate.server_limit_bytes
-    parts = f"{bytes_text(estimate.adapter_bytes)} adapter, {bytes_text(estimate.capture_bytes)} of captures"
-    limit = f"{'of' if fits else 'more than the'} {bytes_text(estimate.server_limit_bytes)} for all jobs"
-    moved = f"{bytes_text(estimate.sent_bytes)} to the workers and {bytes_text(estimate.received_bytes)} back"
-    time = "unknown yet" if estimate.seconds is None else f"{duration_text(estimate.seconds)} with the server to itself"
-    return details(
-        [
-            ("trains", f"{count_text(estimate.trainable_parameters)} parameters on {estimate.examples} examples"),
-            ("steps", str(estimate.total_steps)),
-            ("time", time),
-            ("memory on the server", Text(f"{bytes_text(estimate.server_bytes)} {limit}", "" if fits else "red")),
-            ("", f"{parts}; {bytes_text(estimate.pass_bytes)} in the model, which is shared"),
-            ("memory on workers", bytes_text(estimate.worker_bytes)),
-            ("each step", moved),
-            ("snapshots", f"{bytes_text(estimate.snapshot_bytes)} each, of which two are kept"),
-        ]
-    )
-
-
 def _share(model: ModelCard, seconds: float) -> str:
     """Of the model thread's time."""
     total = model.busy_seconds + model.waiting_seconds + model.jobless_seconds
     return f"{seconds / total:.0%}" if total else ""
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _tight(text: str) -> str:

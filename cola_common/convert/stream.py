@@ -92,6 +92,7 @@ def to_server_from_wire(envelope: fleet_pb2.FromWorker) -> messages.ToServer:
                 _flat(messages.Capacity, hello.capacity),
                 tuple(hello.codecs),
                 tuple(_flat(messages.OwnedShard, owned) for owned in hello.owned),
+                tuple(hello.reductions) or ("all",),  # all that a worker takes which does not name any
             )
         case "norm":
             norm = envelope.norm
@@ -107,6 +108,7 @@ def to_server_from_wire(envelope: fleet_pb2.FromWorker) -> messages.ToServer:
                 delta.digest,
                 delta.worker_seconds,
                 tensors,
+                delta.decode_seconds,
             )
         case "snapshot":
             snapshot = envelope.snapshot
@@ -138,7 +140,7 @@ def to_worker_to_wire(message: messages.ToWorker) -> fleet_pb2.FromServer:
             tensors = assign.pop("tensors")
             return fleet_pb2.FromServer(assign=fleet_pb2.Assign(**assign), tensors=_headers_to_wire(tensors))
         case messages.Capture():
-            parts = [fleet_pb2.Part(kind=part.kind, index=part.index, call=part.call) for part in message.parts]
+            parts = [fleet_pb2.Part(**vars(part)) for part in message.parts]
             capture = fleet_pb2.Capture(job=message.job, epoch=message.epoch, batch=message.batch, parts=parts)
             return fleet_pb2.FromServer(capture=capture, tensors=_headers_to_wire(message.tensors))
         case messages.StepEnd():
@@ -173,14 +175,15 @@ def to_worker_from_wire(envelope: fleet_pb2.FromServer) -> messages.ToWorker:
                 _digests_from_wire(assign.digests),
                 _names_from_wire(assign.names, tensors),
                 tensors,
+                assign.deltas or "fp32",  # all that a server takes which does not name one
             )
         case "capture":
             capture = envelope.capture
-            parts = tuple(messages.Part(part.kind, part.index, part.call) for part in capture.parts)
+            parts = tuple(_flat(messages.Part, part) for part in capture.parts)
             if len(parts) != len(tensors):
                 raise _violation(f"{len(parts)} parts for {len(tensors)} tensors")
-            if any(part.kind not in ("x", "g") for part in parts):
-                raise _violation("a part is neither x nor g")
+            if any(part.kind not in ("x", "g", "w") for part in parts):
+                raise _violation("a part is neither x nor g nor a gradient")
             return messages.Capture(capture.job, capture.epoch, capture.batch, parts, tensors)
         case "step_end":
             end = envelope.step_end
@@ -266,4 +269,6 @@ def _shard_from_wire(shard: fleet_pb2.ShardPlan) -> messages.ShardPlan:
             family = _flat(families.Head, shard.head)
         case _:
             raise _violation(f"shard {shard.site} has no family")
-    return messages.ShardPlan(shard.index, shard.site, family, shard.d_in, shard.d_out, shard.group)
+    # Of a server that does not know of reductions: it sends all rows.
+    rows = shard.rows or "all"
+    return messages.ShardPlan(shard.index, shard.site, family, shard.d_in, shard.d_out, shard.group, rows)

@@ -10,7 +10,10 @@ from cola_common.tensor.codec import Codec, elements, values
 
 @final
 class Bf16(Codec):
-    """|error| ≤ max(2⁻⁸·|v|, 2⁻¹³⁴). Magnitudes of 2¹²⁸·(1 - 2⁻⁹) and more become infinite."""
+    """|error| ≤ max(2⁻⁸·|v|, 2⁻¹³⁴). Magnitudes of 2¹²⁸·(1 - 2⁻⁹) and more become infinite.
+
+    What is infinite or NaN stays so, and touches no other value.
+    """
 
     name = "bf16"
 

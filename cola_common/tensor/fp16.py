@@ -18,7 +18,8 @@ from cola_common.tensor.codec import Codec, elements, values
 class Fp16(Codec):
     """|error| ≤ max(2⁻¹¹·|v|, 2⁻³⁹·m), m the largest magnitude, give or take the last bit of an fp32 denormal (2⁻¹⁴⁹).
 
-    Magnitudes of 2¹²⁸·(1 - 2⁻¹²) and more become infinite, as they round to 2¹²⁸.
+    Magnitudes of 2¹²⁸·(1 - 2⁻¹²) and more become infinite, as they round to 2¹²⁸. What is infinite or NaN stays so, and
+    then nothing is divided: others of 65,520 and more become infinite too, and those of 2⁻²⁵ and less zero.
     """
 
     name = "fp16"

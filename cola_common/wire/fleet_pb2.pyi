@@ -131,7 +131,7 @@ class OwnedShard(_message.Message):
     def __init__(self, job: _Optional[str] = ..., site: _Optional[str] = ..., step: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "worker", "boot", "capacity", "codecs", "owned")
+    __slots__ = ("protocol_min", "protocol_max", "worker", "boot", "capacity", "codecs", "owned", "reductions")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class Hello(_message.Message):
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     OWNED_FIELD_NUMBER: _ClassVar[int]
+    REDUCTIONS_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     worker: str
@@ -146,7 +147,8 @@ class Hello(_message.Message):
     capacity: Capacity
     codecs: _containers.RepeatedScalarFieldContainer[str]
     owned: _containers.RepeatedCompositeFieldContainer[OwnedShard]
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., worker: _Optional[str] = ..., boot: _Optional[int] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., codecs: _Optional[_Iterable[str]] = ..., owned: _Optional[_Iterable[_Union[OwnedShard, _Mapping]]] = ...) -> None: ...
+    reductions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., worker: _Optional[str] = ..., boot: _Optional[int] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., codecs: _Optional[_Iterable[str]] = ..., owned: _Optional[_Iterable[_Union[OwnedShard, _Mapping]]] = ..., reductions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("job", "epoch", "batch", "bytes", "seconds")
@@ -191,7 +193,7 @@ class TensorName(_message.Message):
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("job", "epoch", "step", "names", "squares", "digest", "worker_seconds")
+    __slots__ = ("job", "epoch", "step", "names", "squares", "digest", "worker_seconds", "decode_seconds")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +201,7 @@ class Delta(_message.Message):
     SQUARES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     WORKER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
@@ -206,7 +209,8 @@ class Delta(_message.Message):
     squares: _containers.RepeatedCompositeFieldContainer[Square]
     digest: str
     worker_seconds: float
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., squares: _Optional[_Iterable[_Union[Square, _Mapping]]] = ..., digest: _Optional[str] = ..., worker_seconds: _Optional[float] = ...) -> None: ...
+    decode_seconds: float
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., squares: _Optional[_Iterable[_Union[Square, _Mapping]]] = ..., digest: _Optional[str] = ..., worker_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ...) -> None: ...
 
 class ShardDigest(_message.Message):
     __slots__ = ("index", "digest")
@@ -301,7 +305,7 @@ class HeadFamily(_message.Message):
     def __init__(self, bias: _Optional[bool] = ...) -> None: ...
 
 class ShardPlan(_message.Message):
-    __slots__ = ("index", "site", "lora", "linear", "mlp", "head", "d_in", "d_out", "group")
+    __slots__ = ("index", "site", "lora", "linear", "mlp", "head", "d_in", "d_out", "group", "rows")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +315,7 @@ class ShardPlan(_message.Message):
     D_IN_FIELD_NUMBER: _ClassVar[int]
     D_OUT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     index: int
     site: str
     lora: LoraFamily
@@ -320,10 +325,11 @@ class ShardPlan(_message.Message):
     d_in: int
     d_out: int
     group: int
-    def __init__(self, index: _Optional[int] = ..., site: _Optional[str] = ..., lora: _Optional[_Union[LoraFamily, _Mapping]] = ..., linear: _Optional[_Union[LinearFamily, _Mapping]] = ..., mlp: _Optional[_Union[MlpFamily, _Mapping]] = ..., head: _Optional[_Union[HeadFamily, _Mapping]] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., group: _Optional[int] = ...) -> None: ...
+    rows: str
+    def __init__(self, index: _Optional[int] = ..., site: _Optional[str] = ..., lora: _Optional[_Union[LoraFamily, _Mapping]] = ..., linear: _Optional[_Union[LinearFamily, _Mapping]] = ..., mlp: _Optional[_Union[MlpFamily, _Mapping]] = ..., head: _Optional[_Union[HeadFamily, _Mapping]] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., group: _Optional[int] = ..., rows: _Optional[str] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("job", "epoch", "step", "plan", "values", "max_rows", "shards", "names", "digests")
+    __slots__ = ("job", "epoch", "step", "plan", "values", "max_rows", "shards", "names", "digests", "deltas")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +339,7 @@ class Assign(_message.Message):
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
@@ -342,17 +349,20 @@ class Assign(_message.Message):
     shards: _containers.RepeatedCompositeFieldContainer[ShardPlan]
     names: _containers.RepeatedCompositeFieldContainer[TensorName]
     digests: _containers.RepeatedCompositeFieldContainer[ShardDigest]
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., plan: _Optional[_Union[OptimizerPlan, _Mapping]] = ..., values: _Optional[str] = ..., max_rows: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardPlan, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., digests: _Optional[_Iterable[_Union[ShardDigest, _Mapping]]] = ...) -> None: ...
+    deltas: str
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., plan: _Optional[_Union[OptimizerPlan, _Mapping]] = ..., values: _Optional[str] = ..., max_rows: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardPlan, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[TensorName, _Mapping]]] = ..., digests: _Optional[_Iterable[_Union[ShardDigest, _Mapping]]] = ..., deltas: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
-    __slots__ = ("kind", "index", "call")
+    __slots__ = ("kind", "index", "call", "name")
     KIND_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     kind: str
     index: int
     call: int
-    def __init__(self, kind: _Optional[str] = ..., index: _Optional[int] = ..., call: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, kind: _Optional[str] = ..., index: _Optional[int] = ..., call: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Capture(_message.Message):
     __slots__ = ("job", "epoch", "batch", "parts")

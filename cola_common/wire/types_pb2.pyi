@@ -77,12 +77,36 @@ class Hyperparameters(_message.Message):
     def __init__(self, n_epochs: _Optional[int] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., max_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., momentum: _Optional[float] = ..., nesterov: _Optional[bool] = ..., weight_decay: _Optional[float] = ..., lr_scheduler_type: _Optional[str] = ..., warmup_ratio: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., adaptation_interval: _Optional[int] = ..., shuffle: _Optional[bool] = ...) -> None: ...
 
 class Wire(_message.Message):
-    __slots__ = ("rows", "values")
+    __slots__ = ("rows", "values", "deltas", "sketch_rows", "max_error")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
     rows: str
     values: str
-    def __init__(self, rows: _Optional[str] = ..., values: _Optional[str] = ...) -> None: ...
+    deltas: str
+    sketch_rows: int
+    max_error: float
+    def __init__(self, rows: _Optional[str] = ..., values: _Optional[str] = ..., deltas: _Optional[str] = ..., sketch_rows: _Optional[int] = ..., max_error: _Optional[float] = ...) -> None: ...
+
+class WirePlan(_message.Message):
+    __slots__ = ("rows", "values", "deltas", "sketch_rows", "max_error", "error", "reason")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    rows: str
+    values: str
+    deltas: str
+    sketch_rows: int
+    max_error: float
+    error: float
+    reason: str
+    def __init__(self, rows: _Optional[str] = ..., values: _Optional[str] = ..., deltas: _Optional[str] = ..., sketch_rows: _Optional[int] = ..., max_error: _Optional[float] = ..., error: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Method(_message.Message):
     __slots__ = ("type",)
@@ -146,7 +170,7 @@ class JobFailure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "created_at", "started_at", "finished_at", "estimated_finish", "status", "spec", "error", "fine_tuned_model", "trained_tokens", "step", "total_steps", "epoch", "waiting_for_workers", "tenant", "queue_place", "group_id")
+    __slots__ = ("id", "created_at", "started_at", "finished_at", "estimated_finish", "status", "spec", "error", "fine_tuned_model", "trained_tokens", "step", "total_steps", "epoch", "waiting_for_workers", "tenant", "queue_place", "group_id", "wire_plan")
     ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +188,7 @@ class Job(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_PLACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    WIRE_PLAN_FIELD_NUMBER: _ClassVar[int]
     id: str
     created_at: float
     started_at: float
@@ -181,7 +206,8 @@ class Job(_message.Message):
     tenant: str
     queue_place: int
     group_id: str
-    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., estimated_finish: _Optional[float] = ..., status: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., error: _Optional[_Union[JobFailure, _Mapping]] = ..., fine_tuned_model: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., epoch: _Optional[int] = ..., waiting_for_workers: _Optional[bool] = ..., tenant: _Optional[str] = ..., queue_place: _Optional[int] = ..., group_id: _Optional[str] = ...) -> None: ...
+    wire_plan: WirePlan
+    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., estimated_finish: _Optional[float] = ..., status: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., error: _Optional[_Union[JobFailure, _Mapping]] = ..., fine_tuned_model: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., epoch: _Optional[int] = ..., waiting_for_workers: _Optional[bool] = ..., tenant: _Optional[str] = ..., queue_place: _Optional[int] = ..., group_id: _Optional[str] = ..., wire_plan: _Optional[_Union[WirePlan, _Mapping]] = ...) -> None: ...
 
 class EventDatum(_message.Message):
     __slots__ = ("number", "text")
@@ -217,7 +243,7 @@ class JobEvent(_message.Message):
     def __init__(self, id: _Optional[int] = ..., job: _Optional[str] = ..., created_at: _Optional[float] = ..., level: _Optional[str] = ..., type: _Optional[str] = ..., message: _Optional[str] = ..., data: _Optional[_Mapping[str, EventDatum]] = ...) -> None: ...
 
 class StepMetrics(_message.Message):
-    __slots__ = ("step", "epoch", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "created_at", "seconds", "model_seconds", "encode_seconds", "wire_seconds", "worker_seconds", "fold_seconds", "sent_bytes", "received_bytes")
+    __slots__ = ("step", "epoch", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "created_at", "seconds", "model_seconds", "encode_seconds", "wire_seconds", "worker_seconds", "fold_seconds", "sent_bytes", "received_bytes", "reduce_seconds", "decode_seconds", "rows", "sent_rows", "raw_bytes", "raw_delta_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +261,12 @@ class StepMetrics(_message.Message):
     FOLD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SENT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RAW_DELTA_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     train_loss: float
@@ -252,7 +284,13 @@ class StepMetrics(_message.Message):
     fold_seconds: float
     sent_bytes: int
     received_bytes: int
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., train_loss: _Optional[float] = ..., valid_loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., seconds: _Optional[float] = ..., model_seconds: _Optional[float] = ..., encode_seconds: _Optional[float] = ..., wire_seconds: _Optional[float] = ..., worker_seconds: _Optional[float] = ..., fold_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    reduce_seconds: float
+    decode_seconds: float
+    rows: int
+    sent_rows: int
+    raw_bytes: int
+    raw_delta_bytes: int
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., train_loss: _Optional[float] = ..., valid_loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., seconds: _Optional[float] = ..., model_seconds: _Optional[float] = ..., encode_seconds: _Optional[float] = ..., wire_seconds: _Optional[float] = ..., worker_seconds: _Optional[float] = ..., fold_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., reduce_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., rows: _Optional[int] = ..., sent_rows: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., raw_delta_bytes: _Optional[int] = ...) -> None: ...
 
 class FileObject(_message.Message):
     __slots__ = ("id", "filename", "purpose", "bytes", "created_at", "digest")
@@ -294,7 +332,7 @@ class Checkpoint(_message.Message):
     def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., step_number: _Optional[int] = ..., created_at: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Estimate(_message.Message):
-    __slots__ = ("examples", "total_steps", "trainable_parameters", "server_bytes", "server_limit_bytes", "adapter_bytes", "capture_bytes", "pass_bytes", "worker_bytes", "snapshot_bytes", "sent_bytes", "received_bytes", "seconds")
+    __slots__ = ("examples", "total_steps", "trainable_parameters", "server_bytes", "server_limit_bytes", "adapter_bytes", "capture_bytes", "pass_bytes", "worker_bytes", "snapshot_bytes", "sent_bytes", "received_bytes", "seconds", "wire_plan")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +346,7 @@ class Estimate(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_PLAN_FIELD_NUMBER: _ClassVar[int]
     examples: int
     total_steps: int
     trainable_parameters: int
@@ -321,7 +360,8 @@ class Estimate(_message.Message):
     sent_bytes: int
     received_bytes: int
     seconds: float
-    def __init__(self, examples: _Optional[int] = ..., total_steps: _Optional[int] = ..., trainable_parameters: _Optional[int] = ..., server_bytes: _Optional[int] = ..., server_limit_bytes: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., capture_bytes: _Optional[int] = ..., pass_bytes: _Optional[int] = ..., worker_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    wire_plan: WirePlan
+    def __init__(self, examples: _Optional[int] = ..., total_steps: _Optional[int] = ..., trainable_parameters: _Optional[int] = ..., server_bytes: _Optional[int] = ..., server_limit_bytes: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., capture_bytes: _Optional[int] = ..., pass_bytes: _Optional[int] = ..., worker_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., wire_plan: _Optional[_Union[WirePlan, _Mapping]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
     __slots__ = ("id", "task", "dtype", "device", "parameters", "busy_seconds", "waiting_seconds", "jobless_seconds")

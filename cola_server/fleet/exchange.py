@@ -7,9 +7,11 @@ the exchange: every waiter gets the exception, and the job goes on under a new e
 import asyncio
 import math
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cola_common.errors import ColaError, Reason
+from cola_common.jobs import WirePlan
 from cola_common.messages import (
     Ack,
     Assign,
@@ -33,6 +35,15 @@ from cola_server.fleet.outbox import Outbox, OutboxClosed, capture_bytes
 T = TypeVar("T")
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape, in the order in which deltas name them
+
+
+@dataclass(frozen=True)
+class DeltaForm:
+    """How the delta of a parameter comes."""
+
+    codec: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 class WorkerLost(Exception):
@@ -64,8 +75,8 @@ class WorkerBlamed(Exception):
 
 
 class Exchange:
-    """See the module. `owners` maps shard numbers to workers, `outboxes` workers to where their messages wait; `sites`
-    and `shapes` are the shards' names and parameters.
+    """See the module. `owners` maps shard numbers to workers, `outboxes` workers to where their messages wait, `wires`
+    them to what travels; `sites`, `shapes` and `deltas` are the shards' names, parameters and forms of deltas.
     """
 
     def __init__(
@@ -75,8 +86,10 @@ class Exchange:
         epoch: int,
         owners: Mapping[int, str],
         outboxes: Mapping[str, Outbox],
+        wires: Mapping[str, WirePlan],
         sites: Sequence[str],
         shapes: Sequence[Shapes],
+        deltas: Sequence[Mapping[str, DeltaForm]],
         max_grad_norm: float,
     ) -> None:
         self.job = job
@@ -87,7 +100,9 @@ class Exchange:
         self.leaving = False
         """Whether the job should go elsewhere at its next step: a worker of it drains."""
         self._outboxes = outboxes
+        self._wires = wires
         self._shapes = shapes
+        self._forms = deltas
         self._clipped = max_grad_norm > 0
         self._loop = asyncio.get_running_loop()
         self._failure: asyncio.Future[None] = self._loop.create_future()
@@ -112,7 +127,6 @@ class Exchange:
         *,
         step: int,
         plan: OptimizerPlan,
-        values: str,
         max_rows: int,
         shards: Sequence[ShardPlan],
         parameters: Sequence[Mapping[str, EncodedTensor]],
@@ -139,7 +153,8 @@ class Exchange:
                     epoch=self.epoch,
                     step=step,
                     plan=plan,
-                    values=values,
+                    values=self._wires[worker].values,
+                    deltas=self._wires[worker].deltas,
                     max_rows=max_rows,
                     shards=tuple(mine),
                     digests=tuple((s.index, digests[s.index]) for s in mine) if digests else (),
@@ -290,9 +305,9 @@ class Exchange:
                 Reason.DELTA_MISMATCH, step=message.step, problem="other parameters than those of its sites"
             )
         for (index, name), tensor in zip(message.names, message.tensors, strict=True):
-            shape = self._shapes[index][name]
-            if tensor.codec != "fp32" or tensor.shape != shape or tensor.nbytes != 4 * math.prod(shape):
-                problem = f"shard {index}, {name}: {tensor.codec} {tensor.shape} instead of fp32 {shape}"
+            form = self._forms[index][name]
+            if DeltaForm(tensor.codec, tensor.shape, tensor.nbytes) != form:
+                problem = f"shard {index}, {name}: {tensor.codec} {tensor.shape} instead of {form.codec} {form.shape}"
                 raise ColaError(Reason.DELTA_MISMATCH, step=message.step, problem=problem)
         self._deltas.setdefault(worker, message)
         if len(self._deltas) == len(self.workers):

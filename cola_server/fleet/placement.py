@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-STATE_COPIES = 4  # fp32 parameters, gradient, and Adam's two moments
+STATE_COPIES = 5  # fp32 parameters, gradient, Adam's two moments, and what a codec of deltas has not let through
 MOVED_COPIES = 2  # of the parameters, where a shard changes its owner: the moments; parameters are sent in any case
 PART_SECONDS = 0.02
 """What each owner more than one costs a batch: its messages, and that the last of several is waited for."""
@@ -69,6 +69,9 @@ class Candidate:
     """What other jobs ask of it."""
     owned: frozenset[int] = field(default_factory=frozenset)
     """Numbers of the job's shards whose state it has."""
+    codecs: frozenset[str] = field(default_factory=frozenset)
+    reductions: frozenset[str] = field(default_factory=frozenset)
+    """What of a wire plan it knows."""
 
     def seconds(self, total: Load) -> float:
         """Until it is done with so much: this job's batch, and one of every other job's that it has shards of."""
@@ -182,15 +185,20 @@ def _spread(groups: Sequence[_Group], workers: Sequence[Candidate], parts: int) 
     def longest(group: _Group) -> float:
         return min(c.seconds(group.load) for c in workers)
 
+    def choosy(group: _Group) -> float:
+        """How much depends on who gets it."""
+        return max(c.seconds(group.load) for c in workers)
+
     def largest(group: _Group) -> float:
         return group.load.parameter_bytes
 
-    for size in (longest, largest):  # the second packs where the first finds no room
+    found: list[_Parts] = []
+    for size in (longest, choosy, largest):  # each order leads elsewhere; the last one packs where others find no room
         split = _filled({}, sorted(groups, key=size, reverse=True), workers)
         if split is not None and _dealt(split, workers, parts):
             _improve(split, workers, parts)
-            return {worker: own for worker, own in split.items() if own}
-    return None
+            found.append({worker: own for worker, own in split.items() if own})
+    return min(found, key=_price, default=None)
 
 
 def _filled(parts: _Parts, groups: Sequence[_Group], workers: Sequence[Candidate]) -> _Parts | None:

@@ -38,7 +38,7 @@ from cola_server.fleet.pace import ENOUGH, FASTEST, Pace
 from cola_server.fleet.placement import Candidate, Load
 from cola_server.fleet.progress import Progress
 
-OPTIMIZER_COPIES = 2  # Adam's two moments
+OPTIMIZER_COPIES = 3  # Adam's two moments, and what a codec of deltas has not let through
 log = structlog.get_logger(__name__)
 
 LEAST_SPEED = 1e9  # FLOP/s; no core is slower, and a worker that says so was disturbed when it measured
@@ -244,11 +244,10 @@ class Fleet:
     # --- for the jobs -----------------------------------------------------------------------------------------------
 
     def candidates(
-        self, *, job: str, values: str, step: int = 0, state: Mapping[str, tuple[int, str]] | None = None
+        self, *, job: str, step: int = 0, state: Mapping[str, tuple[int, str]] | None = None
     ) -> list[Candidate]:
-        """Workers that could take the job's shards now and know the codec `values`. Whose disk has a shard of it as it
-        is in `state` (site -> shard number, digest) after `step` steps owns that. What they carry of the job itself
-        does not count as their load.
+        """Workers that could take the job's shards now. Whose disk has a shard of it as it is in `state` (site -> shard
+        number, digest) after `step` steps owns that. What they carry of the job itself does not count as their load.
         """
         wanted = {(job, site): (step, digest) for site, (_, digest) in (state or {}).items()}
         now = asyncio.get_running_loop().time()
@@ -261,12 +260,14 @@ class Fleet:
                 rate=a.pace.rate.value(now) or FASTEST,  # what nothing has gone yet is hoped to be fast, and so tried
                 window_bytes=self.limits.window_bytes,
                 load=sum((load for other, load in a.load.items() if other != job), Load()),
+                codecs=frozenset(a.hello.codecs),
+                reductions=frozenset(a.hello.reductions),
                 owned=frozenset(
                     (state or {})[site][0] for (_, site), of in wanted.items() if a.owned.get((job, site)) == of
                 ),
             )
             for a in self._present.values()
-            if not a.draining and values in a.hello.codecs
+            if not a.draining
         ]
 
     def outboxes(self, workers: Collection[str]) -> dict[str, Outbox]:

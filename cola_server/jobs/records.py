@@ -1,6 +1,16 @@
 """Rows to records: storage's types to the domain's."""
 
-from cola_common.jobs import Checkpoint, FileObject, Job, JobEvent, JobFailure, JobSpec, JobStatus, StepMetrics
+from cola_common.jobs import (
+    Checkpoint,
+    FileObject,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobSpec,
+    JobStatus,
+    StepMetrics,
+    WirePlan,
+)
 from cola_server.jobs.tables import CheckpointRow, EventRow, FileRow, JobRow, MetricsRow
 
 
@@ -23,6 +33,7 @@ def job(row: JobRow) -> Job:
         total_steps=row.total_steps,
         epoch=row.epoch,
         waiting_for_workers=row.waiting_for_workers,
+        wire_plan=None if row.wire_plan is None else WirePlan.model_validate(row.wire_plan),
     )
 
 

@@ -27,6 +27,7 @@ from cola_common.jobs import (
     JobSpec,
     JobStatus,
     StepMetrics,
+    WirePlan,
     check_transition,
 )
 from cola_server.jobs import groups, records, rows
@@ -217,7 +218,7 @@ class JobStore:
             rows.find_job(session, id, self._tenant, lock=True).waiting_for_workers = waiting
         self._changed(id)
 
-    def begin_epoch(self, id: str, *, step: int = 0, trained_tokens: int = 0) -> int:
+    def begin_epoch(self, id: str, *, step: int = 0, trained_tokens: int = 0, wire_plan: WirePlan | None = None) -> int:
         """The next epoch of a job, which goes on from `step`: what lies past it is taken back, but for metrics, which
         stay until their steps are repeated. On disk before this returns: no epoch is ever given out twice.
 
@@ -228,6 +229,7 @@ class JobStore:
             row = rows.find_job(session, id, self._tenant, lock=True)
             row.epoch += 1
             row.step, row.trained_tokens = step, trained_tokens
+            row.wire_plan = None if wire_plan is None else wire_plan.model_dump()
             epoch = row.epoch
         self._changed(id)
         return epoch

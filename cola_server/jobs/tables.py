@@ -62,6 +62,8 @@ class JobRow(Table):
     total_steps: Mapped[int | None]
     epoch: Mapped[int] = mapped_column(default=0)
     waiting_for_workers: Mapped[bool] = mapped_column(default=False)
+    wire_plan: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What travels, as planned for the newest epoch."""
     last_event: Mapped[int] = mapped_column(default=0)
     """The id of the job's newest event."""
 
@@ -103,6 +105,12 @@ class MetricsRow(Table):
     fold_seconds: Mapped[float]
     sent_bytes: Mapped[int] = mapped_column(BigInteger)
     received_bytes: Mapped[int] = mapped_column(BigInteger)
+    reduce_seconds: Mapped[float] = mapped_column(default=0.0)
+    decode_seconds: Mapped[float] = mapped_column(default=0.0)
+    rows: Mapped[int] = mapped_column(BigInteger, default=0)
+    sent_rows: Mapped[int] = mapped_column(BigInteger, default=0)
+    raw_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    raw_delta_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class CheckpointRow(Table):

@@ -8,11 +8,12 @@ from cola_server.model.merging import Merging
 from cola_server.model.probe import probe
 from cola_server.model.site import Site
 from cola_server.model.step import BatchResult, JobBatch, evaluate, train
-from cola_server.model.taps import Sink
+from cola_server.model.taps import Captured, Sink
 
 __all__ = [
     "BaseModel",
     "BatchResult",
+    "Captured",
     "JobAdapter",
     "JobBatch",
     "Mean",

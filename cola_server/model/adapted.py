@@ -9,7 +9,7 @@ import torch
 from cola_common.adapters import Parameters, build
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import EncodedTensor
-from cola_common.tensor import decode, digest, is_finite
+from cola_common.tensor import decode_parameter, digest, encoded_shape, is_finite
 from cola_server.model.site import Site
 
 
@@ -72,10 +72,11 @@ class JobAdapter:
         """
         shapes = self.adapters[index].shapes()
         step = self.versions[index]
-        if list(names) != list(shapes) or [t.shape for t in tensors] != list(shapes.values()):
+        wanted = [encoded_shape(shape, t.codec) for shape, t in zip(shapes.values(), tensors, strict=False)]
+        if list(names) != list(shapes) or [t.shape for t in tensors] != wanted:
             problem = f"it has other names or shapes than {self.sites[index].name}"
             raise ColaError(Reason.DELTA_MISMATCH, step=step, problem=problem)
-        deltas = [decode(tensor) for tensor in tensors]
+        deltas = [decode_parameter(tensor, shape) for shape, tensor in zip(shapes.values(), tensors, strict=True)]
         if not all(is_finite(delta) for delta in deltas):
             raise ColaError(Reason.NON_FINITE_DELTA, site=self.sites[index].name, step=step)
         for name, delta in zip(names, deltas, strict=True):

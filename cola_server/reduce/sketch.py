@@ -45,13 +45,18 @@ def valid_for(adapter: Adapter) -> str | None:
     return "it keeps gᵀx, and only of adapters linear in x, lora and linear, is that all there is to the gradient"
 
 
+PROBES = 16
+"""Random directions by which a sketch's error is estimated; that of its square is right within a third or so."""
+
+
 def pseudo_rows(
-    x_ND: torch.Tensor, gs: Sequence[torch.Tensor], *, k: int, seed: int
+    x_ND: torch.Tensor, gs: Sequence[torch.Tensor], *, k: int, seed: int, max_error: float | None = None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """x̃ and each site's g̃: at most k rows, fp32, where x is. `gs` (N×O each) are those of all sites that share x.
 
-    Up to k rows go as they are. Everything must be finite. Ω follows from `seed` (0 ≤ seed < 2⁶³) and the widths alone:
-    make it of the job's seed, the batch, the group and the call. The order of the rows shows in rounding only.
+    Up to k rows go as they are, and so do all of them where `error` finds the sketch further off than `max_error`.
+    Everything must be finite. Ω follows from `seed` (0 ≤ seed < 2⁶³) and the widths alone: make it of the job's seed,
+    the batch, the group and the call. The order of the rows shows in rounding only.
     """
     assert k > 0
     if len(x_ND) <= k:
@@ -59,8 +64,26 @@ def pseudo_rows(
     x_ND = x_ND.to(torch.float32)
     gs = [g_NO.to(torch.float32) for g_NO in gs]
     basis_Dk = _basis(x_ND, torch.cat([_at_norm_1(g_NO) for g_NO in gs], dim=1), k, seed)
+    if max_error is not None and error(x_ND, gs, basis_Dk, seed=seed) > max_error:
+        return x_ND, tuple(gs)
     thin_kN = (x_ND @ basis_Dk).T
     return basis_Dk.T.contiguous(), tuple(thin_kN @ g_NO for g_NO in gs)
+
+
+def error(x_ND: torch.Tensor, gs: Sequence[torch.Tensor], basis_Dk: torch.Tensor, *, seed: int) -> float:
+    """An estimate of ‖M - M P Pᵀ‖ / ‖M‖, for all sites together, without M.
+
+    For ω with independent entries of mean 0 and variance 1 the expectation of ‖Mᵀω‖² is ‖M‖² (Hutchinson 1990), and
+    that of ‖(1 - P Pᵀ) Mᵀω‖² the square of what P leaves: the quotient of the two sums over `PROBES` of them.
+    """
+    generator = torch.Generator().manual_seed(seed ^ 1)  # others than the basis was made with
+    seen_Dp = x_ND.new_zeros(x_ND.shape[1], PROBES)
+    for g_NO in gs:
+        omega_Op = torch.randn(g_NO.shape[1], PROBES, generator=generator).to(g_NO.device)
+        seen_Dp += x_ND.T @ (g_NO @ omega_Op)
+    left_Dp = seen_Dp - basis_Dk @ (basis_Dk.T @ seen_Dp)
+    whole = float(torch.linalg.vector_norm(seen_Dp, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(left_Dp, dtype=torch.float64)) / whole if whole > 0 else 0.0
 
 
 def _basis(x_ND: torch.Tensor, g_NO: torch.Tensor, k: int, seed: int) -> torch.Tensor:

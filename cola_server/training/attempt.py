@@ -18,18 +18,17 @@ import torch
 from cola_common import failpoints
 from cola_common.adapters import build
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import StepMetrics
-from cola_common.messages import Calls, Delta, EncodedTensor, ShardPlan
+from cola_common.jobs import StepMetrics, WirePlan
+from cola_common.messages import Delta, EncodedTensor, ShardPlan
 from cola_common.schedules import learning_rate
-from cola_common.tensor import encode
-from cola_server.fleet import Exchange, WorkerBlamed, WorkerSlow
+from cola_common.tensor import encode, encoded_shape, nbytes
+from cola_server.fleet import DeltaForm, Exchange, WorkerBlamed, WorkerSlow
 from cola_server.model import JobAdapter, JobBatch, Mean, Merging, evaluate
 from cola_server.training import data
 from cola_server.training.cadence import Cadence
 from cola_server.training.captures import CapturePacker
 from cola_server.training.checkpoints import write_checkpoint
-from cola_server.training.cohorts import Request
-from cola_server.training.estimate import capture_bytes
+from cola_server.training.cohorts import Pass, Request
 from cola_server.training.examples import Example
 from cola_server.training.group import Group, Session
 from cola_server.training.judgement import Judgement
@@ -40,6 +39,8 @@ from cola_server.training.prepared import Prepared
 from cola_server.training.records import Records
 from cola_server.training.services import Services
 from cola_server.training.snapshots import Snapshot, Snapshots
+from cola_server.training.tally import Tally
+from cola_server.training.traffic import capture_bytes, rows_of
 from cola_server.training.turn import Turn
 
 
@@ -79,33 +80,6 @@ class Vote:
     """The last snapshot is not yet written."""
 
 
-@dataclass
-class StepTotals:
-    """What the batches of one step add up to."""
-
-    started: float
-    loss: float = 0.0
-    batches: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    model_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    sent_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One batch that went through the model."""
-
-    loss: float
-    tokens: int
-    target_tokens: int
-    calls: Sequence[Calls]
-    seconds: float
-    encode_seconds: float
-    sent: Mapping[str, int]
-
-
 class Attempt:
     """See the module. `owners` says which worker has which shard, `start` where the job goes on from; `session` is who
     takes the attempt with it, of the job's `group`, if it has one.
@@ -132,6 +106,7 @@ class Attempt:
         self._records = course.records
         self._epoch = epoch
         self._owners = owners
+        self._wires = course.owners.wires(owners)
         self._start = start
         self._shapes = [build(s.family, s.d_in, s.d_out).shapes() for s in self._prepared.sites]
         self.folded = 0
@@ -150,8 +125,13 @@ class Attempt:
             epoch=self._epoch,
             owners=self._owners,
             outboxes=fleet.outboxes(set(self._owners.values())),
+            wires=self._wires,
             sites=[s.name for s in sites],
             shapes=self._shapes,
+            deltas=[
+                {name: _form(shape, self._wire(index).deltas) for name, shape in shapes.items()}
+                for index, shapes in enumerate(self._shapes)
+            ],
             max_grad_norm=self._prepared.plan.max_grad_norm,
         )
         fleet.open(exchange, self._course.owners.load(self._owners))
@@ -200,9 +180,11 @@ class Attempt:
         exchange.assign(
             step=start.step if start else 0,
             plan=self._prepared.plan,
-            values=self._spec.wire.values,
             max_rows=self._max_rows(),
-            shards=[ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in self._prepared.sites],
+            shards=[
+                ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group, rows_of(s, self._wire(s.index).rows))
+                for s in self._prepared.sites
+            ],
             parameters=[_encoded(shard) for shard in await self._numerics.run(adapter.state)],
             optimizer=[_encoded(shard) for shard in start.optimizer] if start else (),
             digests=start.digests if start else (),
@@ -210,6 +192,9 @@ class Attempt:
         )
         if start is not None:
             start.let_go()
+
+    def _wire(self, shard: int) -> WirePlan:
+        return self._wires[self._owners[shard]]
 
     def _max_rows(self) -> int:
         h = self._spec.hyperparameters
@@ -294,6 +279,8 @@ class Attempt:
             stopped = len(self._mean.adapters) if self._mean else 1  # a move costs all of a group
             if self._course.owners.better(self._owners, step, waited / stopped):
                 return End.MOVING
+            if self._course.owners.replanned(self._owners, step):
+                return End.MOVING
         return None
 
     async def _snapshot(self, keeper: Keeper, adapter: JobAdapter) -> None:
@@ -305,20 +292,11 @@ class Attempt:
     async def _step(
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, batches: range
     ) -> StepMetrics:
-        totals = StepTotals(started=time.perf_counter())
-        calls: list[Calls] = []
+        tally = Tally(self._prepared.sites)
         for number in batches:
-            trained = await self._batch(exchange, adapter, merging, step, number)
-            totals.loss += trained.loss
-            totals.batches += 1
-            totals.tokens += trained.tokens
-            totals.target_tokens += trained.target_tokens
-            totals.model_seconds += trained.seconds - trained.encode_seconds
-            totals.encode_seconds += trained.encode_seconds
-            totals.sent_bytes += sum(trained.sent.values())
-            calls += trained.calls
-            closes = totals.batches if number == batches[-1] else 0
-            exchange.end_batch(batch=number, batches=closes, calls=trained.calls)
+            passed, packer = await self._batch(exchange, adapter, merging, step, number)
+            calls = tally.add(passed, packer)
+            exchange.end_batch(batch=number, batches=tally.batches if number == batches[-1] else 0, calls=calls)
             failpoints.hit("batch.sent")
         handed_over = time.perf_counter()
         deltas = await self._deltas(exchange)
@@ -327,34 +305,23 @@ class Attempt:
         await self._session.meet(self._prepared.job, None)  # all batches of the step are through the model
         failpoints.hit("step.before_fold")
         seconds = {worker: d.worker_seconds for worker, d in zip(exchange.workers, deltas, strict=True)}
-        worker_seconds = max(seconds.values())
         digests, fold_seconds = await self._numerics.run(self._fold, adapter, merging, exchange.workers, deltas, step)
         failpoints.hit("step.after_fold")
         grad_norm = exchange.grad_norm()
         exchange.acknowledge(digests)
-        self._course.owners.stepped(self._owners, calls, seconds)
+        self._course.owners.stepped(self._owners, tally.sent_calls, seconds)
         self.folded += 1
         failpoints.hit("step.acknowledged")
         await self._session.meet(self._prepared.job, None)  # all adapters are at the next step
-        received_bytes = sum(t.nbytes for d in deltas for t in d.tensors)
-        self._services.observed.waited(totals.sent_bytes + received_bytes, waited)
-        return StepMetrics(
-            step=step + 1,
+        self._services.observed.waited(waited)
+        return tally.metrics(
+            deltas,
+            step=step,
             epoch=self._epoch,
-            train_loss=totals.loss / totals.batches,
             learning_rate=learning_rate(self._prepared.plan, step),
             grad_norm=grad_norm,
-            tokens=totals.tokens,
-            target_tokens=totals.target_tokens,
-            created_at=time.time(),
-            seconds=time.perf_counter() - totals.started,
-            model_seconds=totals.model_seconds,
-            encode_seconds=totals.encode_seconds,
-            wire_seconds=max(0.0, waited - worker_seconds),
-            worker_seconds=worker_seconds,
+            waited=waited,
             fold_seconds=fold_seconds,
-            sent_bytes=totals.sent_bytes,
-            received_bytes=received_bytes,
         )
 
     async def _deltas(self, exchange: Exchange) -> Sequence[Delta]:
@@ -370,7 +337,8 @@ class Attempt:
 
     async def _batch(
         self, exchange: Exchange, adapter: JobAdapter, merging: Merging | None, step: int, number: int
-    ) -> Trained:
+    ) -> tuple[Pass, CapturePacker]:
+        """Puts a batch through the model; its captures leave meanwhile."""
         p = self._prepared
         examples = await asyncio.to_thread(p.batch, number)
         await exchange.reserve(self._sizes(tokens=sum(len(e.ids) for e in examples), examples=len(examples)))
@@ -379,7 +347,9 @@ class Attempt:
             epoch=self._epoch,
             batch=number,
             step=step,
-            values=self._spec.wire.values,
+            seed=self._spec.seed,
+            sites=p.sites,
+            wires=self._wires,
             owners=self._owners,
             emit=exchange.emit,
         )
@@ -399,24 +369,17 @@ class Attempt:
             )
         )
         self._services.observed.passed(self._base.name, len(examples) * length, passed.seconds)
-        return Trained(
-            loss=passed.result.loss,
-            tokens=passed.result.tokens,
-            target_tokens=passed.result.target_tokens,
-            calls=passed.result.calls,
-            seconds=passed.seconds,
-            encode_seconds=packer.seconds,
-            sent=packer.sent,
-        )
+        return passed, packer
 
     def _sizes(self, *, tokens: int, examples: int) -> dict[str, int]:
-        """What a batch's captures weigh, by worker."""
+        """What a batch's captures weigh at most, by worker."""
         return {
             worker: capture_bytes(
                 [s for s in self._prepared.sites if self._owners[s.index] == worker],
-                self._spec.wire.values,
+                self._wires[worker],
                 tokens=tokens,
                 examples=examples,
+                bound=True,
             )
             for worker in sorted(set(self._owners.values()))
         }
@@ -496,7 +459,13 @@ class Attempt:
 
 def _own_seconds(step: StepMetrics) -> float:
     """What a step took but for waiting for other jobs: to repeat it is so much work."""
-    return step.model_seconds + step.encode_seconds + step.wire_seconds + step.worker_seconds + step.fold_seconds
+    on_server = step.model_seconds + step.reduce_seconds + step.encode_seconds + step.fold_seconds
+    return on_server + step.wire_seconds + step.worker_seconds
+
+
+def _form(shape: tuple[int, ...], codec: str) -> DeltaForm:
+    shape = encoded_shape(shape, codec)
+    return DeltaForm(codec, shape, nbytes(codec, shape))
 
 
 def _encoded(shard: Mapping[str, torch.Tensor]) -> dict[str, EncodedTensor]:

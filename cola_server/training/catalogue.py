@@ -4,21 +4,22 @@ import difflib
 import itertools
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from cola_common.adapters import Parameters, peft_format
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import Estimate, JobSpec, ModelCard
-from cola_common.tensor import nbytes
+from cola_common.jobs import Estimate, JobSpec, ModelCard, WirePlan
+from cola_server.fleet import FASTEST, Load
 from cola_server.jobs import Artefacts
 from cola_server.model import BaseModel, JobAdapter, Site, export_merged, probe
-from cola_server.training import data
-from cola_server.training.estimate import Room, Sizes, capture_bytes, parameter_bytes, sizes
+from cola_server.training import data, planner
+from cola_server.training.estimate import Bounds, Room, Sizes, heaviest_plan, parameter_bytes, sizes
 from cola_server.training.numerics import Numerics
 from cola_server.training.observed import Observed
+from cola_server.training.traffic import capture_bytes, delta_bytes
 
 SAMPLE = 256
 """Examples at the beginning of a file that tell how long its examples are."""
@@ -41,8 +42,7 @@ class Catalogue:
         self._models = models
         self._numerics = numerics
         self._artefacts = artefacts
-        self._buffer_bytes = buffer_bytes
-        self._window_bytes = window_bytes
+        self._bounds = Bounds(buffer_bytes, window_bytes)
         self._room = room
         self._observed = observed
         self._sites: dict[tuple[str, str, str, int | None], tuple[Site, ...]] = {}
@@ -92,12 +92,12 @@ class Catalogue:
     def check(self, spec: JobSpec) -> None:
         """What can be known of a job before its data is read.
 
-        Raises: as `sites` and `start`, and `ColaError` (BATCH_TOO_LARGE, JOB_TOO_LARGE).
+        Raises: as `sites` and `start`, and `ColaError` (INVALID_JOB, BATCH_TOO_LARGE, JOB_TOO_LARGE).
         """
         base = self.model(spec.model)
         labels = 2 if base.task == "sequence-classification" else None  # any count will do: the head is small
         sites = self.sites(spec, labels)
-        self._check_batch(spec, sites)
+        self._check_wire(spec, sites)
         self.need(spec, sites)
         if spec.adapter.init_from is not None and base.task == "causal-lm":  # a head's labels are in the data
             start = self.start(spec, sites)
@@ -120,7 +120,7 @@ class Catalogue:
         """
         base, h = self.model(spec.model), spec.hyperparameters
         sites = self.sites(spec, len(labels) or None)
-        self._check_batch(spec, sites)
+        self._check_wire(spec, sites)
         of_job = self._sizes(spec, sites)
         paths = [self._artefacts.file_path(id) for id in (spec.training_file, *spec.joint_files)]
         rows = data.read_one_by_one(paths, base.task, base.tokenizer, h.max_length, labels)
@@ -129,8 +129,13 @@ class Catalogue:
         tokens = batch * sum(len(example.ids) for example in sample) / len(sample)
         padded = [data.padded_length(sample[i : i + batch]) for i in range(0, len(sample), batch)]
         batches, steps = data.total_batches(examples, h), data.total_steps(examples, h)
-        sent = capture_bytes(sites, spec.wire.values, tokens=round(tokens), examples=batch) * batches // steps
         passing = batches * batch * sum(padded) / len(padded)
+
+        def sent_by(plan: WirePlan) -> int:
+            return capture_bytes(sites, plan, tokens=round(tokens), examples=batch)
+
+        plan = self._plan(spec, sites, passing / batches, sent_by)
+        sent, received = sent_by(plan) * batches // steps, delta_bytes(sites, plan.deltas)
         return Estimate(
             examples=examples,
             total_steps=steps,
@@ -143,23 +148,33 @@ class Catalogue:
             worker_bytes=of_job.worker,
             snapshot_bytes=of_job.snapshot,
             sent_bytes=sent,
-            received_bytes=of_job.delta,
-            seconds=self._observed.seconds(spec.model, passing, steps * (sent + of_job.delta)),
+            received_bytes=received,
+            seconds=self._observed.seconds(spec.model, passing, steps, sent + received),
+            wire_plan=plan,
         )
 
-    def _sizes(self, spec: JobSpec, sites: Sequence[Site]) -> Sizes:
-        return sizes(spec, sites, self._room, window_bytes=self._window_bytes, buffer_bytes=self._buffer_bytes)
+    def _plan(
+        self, spec: JobSpec, sites: Sequence[Site], tokens: float, sent_by: Callable[[WirePlan], int]
+    ) -> WirePlan:
+        """What would travel, with batches of so many padded tokens, to a worker as the last jobs have found one."""
+        interval = spec.hyperparameters.adaptation_interval
 
-    def _check_batch(self, spec: JobSpec, sites: Sequence[Site]) -> None:
-        """Raises: `ColaError(BATCH_TOO_LARGE)`."""
-        h = spec.hyperparameters
-        rows = h.batch_size * math.ceil(h.max_length / data.PAD_MULTIPLE) * data.PAD_MULTIPLE
-        total = capture_bytes(sites, spec.wire.values, tokens=rows, examples=h.batch_size)
-        if total > self._buffer_bytes:
-            raise ColaError(Reason.BATCH_TOO_LARGE, bytes=total, limit=self._buffer_bytes)
-        largest = max(nbytes(spec.wire.values, (rows, max(s.d_in, s.d_out))) for s in sites)
-        if largest > self._window_bytes:
-            raise ColaError(Reason.BATCH_TOO_LARGE, bytes=largest, limit=self._window_bytes)
+        def load(plan: WirePlan) -> Load:
+            return Load(nbytes=sent_by(plan) + delta_bytes(sites, plan.deltas) / interval)
+
+        seconds = self._observed.pass_seconds(spec.model, tokens)
+        conditions = planner.Conditions(interval, seconds, self._observed.rate or FASTEST, math.inf)
+        return planner.choose(spec.wire, sites, load, conditions)
+
+    def _sizes(self, spec: JobSpec, sites: Sequence[Site]) -> Sizes:
+        return sizes(spec, sites, self._room, heaviest_plan(spec, sites), self._bounds)
+
+    def _check_wire(self, spec: JobSpec, sites: Sequence[Site]) -> None:
+        """Raises: `ColaError` (INVALID_JOB, BATCH_TOO_LARGE)."""
+        planner.check(spec.wire, sites)
+        problem = self._bounds.problem(spec, sites, heaviest_plan(spec, sites))
+        if problem is not None:
+            raise problem
 
     def write_merged(self, spec: JobSpec, adapter: Path, folder: Path) -> None:
         """Writes the whole model with the adapter of the folder `adapter` in its weights, as transformers reads it.

@@ -9,22 +9,35 @@ class Observed:
 
     def __init__(self) -> None:
         self._token_seconds: dict[str, float] = {}
-        self._byte_seconds: float | None = None
+        self._wait_seconds: float | None = None
+        self.rate: float | None = None
+        """Bytes/s to the fastest worker that a job has lately found."""
 
     def passed(self, model: str, tokens: int, seconds: float) -> None:
         """A job's batch of so many padded tokens took its part of a pass through the model."""
         self._token_seconds[model] = _average(self._token_seconds.get(model), seconds / tokens)
 
-    def waited(self, nbytes: int, seconds: float) -> None:
-        """A step moved so many bytes, and waited so long for its deltas once its last batch had passed."""
-        self._byte_seconds = _average(self._byte_seconds, seconds / nbytes)
+    def waited(self, seconds: float) -> None:
+        """A step waited so long for its deltas once its last batch had passed."""
+        self._wait_seconds = _average(self._wait_seconds, seconds)
 
-    def seconds(self, model: str, tokens: float, nbytes: float) -> float | None:
-        """How long it takes to pass so many tokens and to move so many bytes; None where the like was never seen."""
+    def link(self, rate: float) -> None:
+        """A job has found its best way to a worker so fast."""
+        self.rate = rate
+
+    def pass_seconds(self, model: str, tokens: float) -> float | None:
+        """How long so many padded tokens take in the model; None where none have passed yet."""
         each = self._token_seconds.get(model)
-        if each is None or self._byte_seconds is None:
+        return None if each is None else tokens * each
+
+    def seconds(self, model: str, tokens: float, steps: int, nbytes: float) -> float | None:
+        """How long so many steps take that pass so many tokens in all, and move so many bytes each; None where the like
+        was never seen. A step waits for as long as others have, or for its bytes where those take longer.
+        """
+        passing = self.pass_seconds(model, tokens)
+        if passing is None or self._wait_seconds is None:
             return None
-        return tokens * each + nbytes * self._byte_seconds
+        return passing + steps * max(self._wait_seconds, nbytes / self.rate if self.rate else 0.0)
 
 
 def _average(so_far: float | None, value: float) -> float:

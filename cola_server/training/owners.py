@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from cola_common.jobs import WirePlan
 from cola_common.messages import Calls
 from cola_server.fleet import Candidate, Load, carried, place
 from cola_server.training.judgement import Judgement
@@ -12,6 +13,7 @@ from cola_server.training.loads import Loads
 from cola_server.training.prepared import Prepared
 from cola_server.training.services import Services
 from cola_server.training.snapshots import Snapshot
+from cola_server.training.wiring import Wiring
 
 MOVE_SECONDS = 5.0
 """What a move must gain a job that runs, and waits for a snapshot, a new epoch and its assignment: twice what these
@@ -32,7 +34,7 @@ class Owners:
         self._destination: Mapping[int, str] | None = None
         """Where the job is on its way to, if it is."""
         self._slow: set[str] = set()
-        self._loads = Loads(prepared)
+        self._wiring = Wiring(prepared, services)
 
     def avoid(self, owners: Mapping[int, str], workers: Collection[str], seconds: float) -> None:
         """These were too slow with a step, which is not done after so long: others go first from now on."""
@@ -44,6 +46,10 @@ class Owners:
     def find(self, start: Snapshot | None) -> Mapping[int, str] | None:
         """Shard number -> worker for a job that goes on from `start`; None where the workers cannot carry it now."""
         candidates = self._candidates(start)
+        if not candidates:
+            return None
+        self._wiring.settle(candidates)
+        candidates = [c for c in candidates if self._wiring.carries(c)]  # known once there is a plan
         if self._destination is not None and set(self._destination.values()) <= {c.worker for c in candidates}:
             return self._destination  # whose disks know nothing of the job, or it would have been there before
         fast = [c for c in candidates if c.worker not in self._slow]
@@ -58,6 +64,20 @@ class Owners:
     def load(self, owners: Mapping[int, str]) -> Mapping[str, Load]:
         """What a batch asks of each owner."""
         return carried(self._loads.shards, owners)
+
+    @property
+    def plan(self) -> WirePlan:
+        """What travels; there is one once owners were found."""
+        assert self._wiring.plan is not None
+        return self._wiring.plan
+
+    def wires(self, owners: Mapping[int, str]) -> Mapping[str, WirePlan]:
+        """What travels between the server and each owner, as that one knows it."""
+        return self._wiring.of_workers(set(owners.values()), self._candidates(None))
+
+    def replanned(self, owners: Mapping[int, str], step: int) -> bool:
+        """Whether the job, at `step`, should go on with another plan, which is `plan` now."""
+        return self._wiring.better(set(owners.values()), self._candidates(None), self._left(step))
 
     def stepped(self, owners: Mapping[int, str], calls: Iterable[Calls], seconds: Mapping[str, float]) -> None:
         """A step with these calls took each worker so long."""
@@ -117,9 +137,12 @@ class Owners:
         state = {s.name: (s.index, start.digests[s.index]) for s in self._prepared.sites} if start else {}
         candidates = self._fleet.candidates(
             job=self._prepared.job,
-            values=self._prepared.spec.wire.values,
             step=start.step if start else 0,
             state=state,
         )
         avoid = self._judgement.avoid(others=len(candidates) > 1)
-        return [c for c in candidates if c.worker not in avoid]
+        return [c for c in candidates if c.worker not in avoid and self._wiring.carries(c)]
+
+    @property
+    def _loads(self) -> Loads:
+        return self._wiring.loads(self.plan)

@@ -26,6 +26,8 @@ class Prepared:
         self.job = job.id
         self.tenant = job.tenant
         self.spec = spec
+        self.wire_plan = job.wire_plan
+        """As chosen in an earlier epoch; None where there was none."""
         self.base: BaseModel = catalogue.model(spec.model)
         for record in files:
             artefacts.verify_file(record)
@@ -109,6 +111,12 @@ class Prepared:
         return getattr(self.base.module.config, "max_position_embeddings", None)
 
     @property
+    def mean_batch(self) -> tuple[int, int]:
+        """Tokens that are no padding, and examples."""
+        examples, batches = self.training.examples, self.batches.per_epoch
+        return round(examples.tokens / batches), len(examples) // batches
+
+    @property
     def state_bytes(self) -> int:
-        """What a snapshot weighs: fp32 parameters and what the optimizer keeps of them."""
-        return state_bytes(self.sites, self.spec.hyperparameters)
+        """What a snapshot weighs."""
+        return state_bytes(self.sites, self.spec)

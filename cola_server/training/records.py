@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import FileObject, Job, JobFailure, JobStatus, StepMetrics
+from cola_common.jobs import FileObject, Job, JobFailure, JobStatus, StepMetrics, WirePlan
 from cola_server.jobs import JobStore
 from cola_server.jobs.rows import sources_of
 from cola_server.training.snapshots import Snapshot
@@ -57,12 +57,17 @@ class Records:
 
         return await asyncio.to_thread(write)
 
-    async def begin_epoch(self, start: Snapshot | None) -> int:
-        """A new epoch, committed before anything is assigned under it; the log tells where it goes on from."""
+    async def begin_epoch(self, start: Snapshot | None, plan: WirePlan) -> int:
+        """A new epoch, committed before anything is assigned under it; the log tells where it goes on from, and what
+        travels from now on where that is new.
+        """
 
         def write() -> int:
             step, tokens = (start.step, start.trained_tokens) if start else (0, 0)
-            epoch = self._store.begin_epoch(self._job, step=step, trained_tokens=tokens)
+            earlier = self._store.job(self._job).wire_plan
+            epoch = self._store.begin_epoch(self._job, step=step, trained_tokens=tokens, wire_plan=plan)
+            if plan != earlier:
+                self._store.add_event(self._job, _wire_text(plan), data=plan.model_dump())
             if start:
                 self._store.add_event(self._job, f"Going on from the snapshot after step {step}.", data={"step": step})
             elif epoch > 1:
@@ -139,6 +144,11 @@ class Records:
                 self._store.transition(self._job, JobStatus.FAILED, error=failure, event=text, level="error")
 
         await asyncio.to_thread(write)
+
+
+def _wire_text(plan: WirePlan) -> str:
+    rows = f"{plan.rows} {plan.sketch_rows}" if plan.rows == "sketch" else plan.rows
+    return f"On the wire: {rows} rows in {plan.values}, deltas in {plan.deltas}: {plan.reason}."
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class JobRun:
         if owners is None:
             return End.INTERRUPTED
         failpoints.hit("epoch.before_commit")
-        epoch = await self._records.begin_epoch(start)
+        epoch = await self._records.begin_epoch(start, course.owners.plan)
         failpoints.hit("epoch.after_commit")
         log.info("attempt", job=self._job, epoch=epoch, step=start.step if start else 0, workers=set(owners.values()))
         attempt = Attempt(course, epoch, owners, start, session, group)

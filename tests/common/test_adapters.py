@@ -110,6 +110,20 @@ def test_pull_equals_autograd(family: Family, d_in: int, d_out: int, leading: tu
 
 
 @every_family
+def test_inputs_that_are_strided_count_as_what_they_hold(family: Family) -> None:
+    adapter = build(family, 5, 7)
+    parameters = random_parameters(adapter)
+    x, g = normal(5, 3, 8, seed=11).permute(2, 1, 0)[::2], normal(7, 3, 8, seed=12).permute(2, 1, 0)[::2]  # 4×3 rows
+    copies = x.contiguous(), g.contiguous()
+    tolerance = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(adapter.forward(parameters, x), adapter.forward(parameters, copies[0]), **tolerance)
+    torch.testing.assert_close(adapter.pull(parameters, x, g), adapter.pull(parameters, *copies), **tolerance)
+    for name, value in adapter.vjp(parameters, x[:, 0], g[:, 0]).items():
+        wanted = adapter.vjp(parameters, copies[0][:, 0].clone(), copies[1][:, 0].clone())[name]
+        torch.testing.assert_close(value, wanted, **tolerance)
+
+
+@every_family
 def test_vjp_of_all_rows_is_the_sum_over_parts(family: Family) -> None:
     adapter = build(family, 5, 7)
     parameters = random_parameters(adapter)

@@ -16,11 +16,13 @@ from cola_common.client.cli import app
 from cola_common.client.commands import session
 from cola_common.client.commands.session import REFRESH_SECONDS
 from cola_common.client.connection import PATIENCE_SECONDS
+from cola_common.client.details import asked_text, plan_text
 from cola_common.client.sync import Models
-from cola_common.client.tables import JOBS
+from cola_common.client.tables import JOBS, METRICS, TRAFFIC, table
 from cola_common.client.watch import watch
-from cola_common.jobs import Estimate, FileObject, Job, JobStatus
-from tests.support.fake_server import running
+from cola_common.jobs import Estimate, FileObject, Job, JobStatus, Wire
+from tests.support.fake_server import PLAN, START, running, step_metrics
+from tests.support.wires import wire
 
 
 @pytest.fixture
@@ -219,6 +221,134 @@ def test_metrics_events_and_checkpoints_in_both_formats(cola, served, job, tmp_p
     assert "not empty" in cola("checkpoints", "download", checkpoint.id, "-o", tmp_path / "out", code=1).stderr
     cola("jobs", "plot", job, "-o", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- what travels ----------------------------------------------------------------------------------------------------
+
+WIRE_FLAGS = ["--wire-rows", "sketch", "--wire-values", "int8", "--wire-deltas", "auto", "--max-error", "0.05"]
+
+
+def test_flags_say_what_travels_and_narrow_what_a_file_leaves_open(cola, served, tmp_path):
+    base = f'model = "tiny"\ntraining_file = "{ids.new("file")}"\n'
+    files = {
+        "nothing": (base, {}),
+        "open": (f'{base}wire = "auto"\n', {}),
+        "narrow": (f'{base}[wire]\nvalues = "fp16"\nsketch_rows = 9\n', {"sketch_rows": 9}),
+    }
+    for name, (text, kept) in files.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+        created = Job.model_validate(as_json(cola, "jobs", "create", tmp_path / f"{name}.toml", *WIRE_FLAGS))
+        asked = Wire(rows="sketch", values="int8", deltas="auto", max_error=0.05, **kept)
+        assert created.spec.wire == served.state.jobs[created.id].spec.wire == asked
+        cola("jobs", "estimate", tmp_path / f"{name}.toml", *WIRE_FLAGS)
+        assert served.state.estimated[-1].wire == asked
+    untouched = Job.model_validate(as_json(cola, "jobs", "create", tmp_path / "open.toml"))
+    assert untouched.spec.wire == Wire()
+    with_set = as_json(cola, "jobs", "create", tmp_path / "narrow.toml", "--wire-values", "int4", "--set", "wire=auto")
+    assert Job.model_validate(with_set).spec.wire == Wire()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--max-error", "2"], 1, "wire.max_error"),
+        (["--set", "wire.sketch_rows=0"], 1, "wire.sketch_rows"),
+        (["--set", "wire.delta=int8"], 1, "wire.delta: no such field; there is deltas"),
+        (["--wire-rows", "some"], 2, "--wire-rows"),
+        (["--wire-values", "int2"], 2, "--wire-values"),
+        (["--wire-deltas", "fp8"], 2, "--wire-deltas"),
+    ],
+)
+def test_what_cannot_travel_is_refused_by_its_name_and_nothing_is_made(cola, served, flags, code, words):
+    result = cola("jobs", "create", "--model", "tiny", "--training-file", ids.new("file"), *flags, code=code)
+    assert words in result.stderr
+    assert not served.state.jobs
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (Wire(), "auto, without loss"),
+        (Wire(max_error=0.02), "auto, error up to 0.02"),
+        (Wire(rows="all", values="bf16"), "all rows in bf16, deltas auto"),
+        (Wire(values="int8", max_error=0.1), "auto rows in int8, deltas auto, error up to 0.1"),
+        (Wire(rows="exact", deltas="int4"), "exact rows auto, deltas in int4"),
+        (
+            Wire(rows="sketch", values="fp16", deltas="fp32", sketch_rows=32),
+            "sketch of 32 rows in fp16, deltas in fp32",
+        ),
+    ],
+)
+def test_what_a_job_asks_for_is_told_in_words(asked, text):
+    assert asked_text(asked) == text
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (PLAN, "exact rows in fp32, deltas in fp32"),
+        (wire("all", "bf16", "int8"), "all rows in bf16, deltas in int8"),
+        (wire("sketch", "int8", "fp16", sketch_rows=64), "sketch of 64 rows in int8, deltas in fp16"),
+    ],
+)
+def test_what_is_chosen_is_told_in_words(plan, text):
+    assert plan_text(plan) == text
+
+
+def shown(cola, *arguments):
+    """What stands behind each name, or behind the line before, where there is none."""
+    fields = [line.strip().split("  ", 1) for line in cola(*arguments).stdout.splitlines()]
+    return [[field.strip() for field in pair] for pair in fields]
+
+
+@pytest.mark.parametrize("command", ["retrieve", "get"])
+def test_a_job_shows_what_it_asks_for_and_then_what_was_chosen_and_why(cola, served, job, command):
+    assert ["wire", "auto, without loss"] in shown(cola, "jobs", command, job)
+    assert as_json(cola, "jobs", command, job)["wire_plan"] is None
+    served.state.jobs[job] = served.state.jobs[job].model_copy(update={"wire_plan": PLAN})
+    lines = shown(cola, "jobs", command, job)
+    place = lines.index(["wire", "exact rows in fp32, deltas in fp32"])
+    assert lines[place + 1] == [PLAN.reason]
+    assert as_json(cola, "jobs", command, job)["wire_plan"] == PLAN.model_dump()
+
+
+def test_get_is_another_word_for_retrieve_and_takes_no_room_in_the_help(cola, job):
+    assert cola("jobs", "get", job).stdout == cola("jobs", "retrieve", job).stdout
+    commands = [line.split()[1:2] for line in cola("jobs", "--help").stdout.splitlines()]
+    assert ["retrieve"] in commands
+    assert ["get"] not in commands
+
+
+def test_an_estimate_shows_what_would_be_chosen_and_why(cola):
+    lines = shown(cola, "jobs", "estimate", "--model", "tiny", "--training-file", ids.new("file"))
+    place = lines.index(["wire", "exact rows in fp32, deltas in fp32"])
+    assert lines[place + 1] == [PLAN.reason]
+
+
+def test_metrics_of_the_wire_tell_what_travelled_and_what_that_saved(cola, served, job):
+    given = [served.state.step(job) for _ in range(3)]
+    heading, *rows = cola("jobs", "metrics", job, "--wire").stdout.splitlines()[1:]
+    names = ["step", "rows", "rows", "raw", "sent", "ratio", "back", "back", "reduce", "encode", "wire", "decode"]
+    assert heading.split() == names
+    step = ["28.8k", "480", "133MB", "14.2MB", "9.35×", "1.84MB", "922kB", "4ms", "10ms", "14ms", "2ms"]
+    assert [row.split() for row in rows] == [[str(record.step), *step] for record in given]
+    assert as_json(cola, "jobs", "metrics", job, "--wire") == [record.model_dump() for record in given]
+    assert len(cola("jobs", "metrics", job, "--wire", "--last", 1).stdout.splitlines()) == 3
+
+
+def test_metrics_of_steps_that_counted_less_leave_out_what_is_not_known(cola, served, job):
+    served.state.step(job, rows=0, sent_rows=0, raw_bytes=0, raw_delta_bytes=0)
+    heading, row = cola("jobs", "metrics", job, "--wire").stdout.splitlines()
+    assert heading.split() == ["step", "sent", "back", "reduce", "encode", "wire", "decode"]
+    assert row.split() == ["1", "14.2MB", "922kB", "4ms", "10ms", "14ms", "2ms"]
+
+
+@pytest.mark.parametrize(("columns", "gap"), [(METRICS, 2), (TRAFFIC, 1)])
+def test_metrics_fit_a_terminal_of_80_columns(columns, gap):
+    raw = {"raw_bytes": 3_210_000_000, "sent_bytes": 84_200_000}
+    records = [step_metrics(step, created_at=START, seconds=0.12 * step, **raw) for step in (1, 50, 250)]
+    console = Console(width=200)
+    assert console.measure(table(columns, records, gap=gap)).maximum <= 80
 
 
 def test_models_and_workers_in_both_formats(cola, served):

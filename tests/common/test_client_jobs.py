@@ -48,6 +48,8 @@ SPECS = [
     {"seed": 2**62, "suffix": "mine", "metadata": {"a": "b"}, "method": {"type": "supervised"}},
     {"validation_file": FILE, "adapter": {"type": "lora", "init_from": FILE}},
     {"joint_files": [FILE, ids.new("file")], "collaboration": {"group": "ours", "size": 3}},
+    {"wire": "auto"},
+    {"wire": {"rows": "sketch", "values": "int8", "deltas": "bf16", "sketch_rows": 32, "max_error": 0.1}},
 ]
 
 
@@ -64,6 +66,9 @@ async def test_a_spec_arrives_as_it_was_given_with_defaults_elsewhere(client, fi
         ({"hyperparameters": {"learning_rat": 1}}, "hyperparameters.learning_rat"),
         ({"adapter": {"type": "lora", "r": 0}}, "adapter.lora.r"),
         ({"fold": "half"}, "fold"),
+        ({"wire": {"rows": "most"}}, "wire.rows"),
+        ({"wire": {"delta": "int8"}}, "wire.delta"),
+        ({"wire": "best"}, "wire"),
     ],
 )
 async def test_a_wrong_field_is_named_before_anything_is_sent(client, served, fields, param):

@@ -11,7 +11,7 @@ from cola_common import ids
 from cola_common.client import ColaError, Reason
 from cola_common.client.plot import plot, smoothed
 from cola_common.client.progress import PARTS, WINDOW, JobProgress, bar, curve
-from cola_common.client.quantities import bytes_text, count_text, duration_text, seconds_text
+from cola_common.client.quantities import bytes_text, count_text, duration_text, seconds_text, times_text
 from cola_common.jobs import Job, JobSpec, JobStatus, StepMetrics
 from tests.support.fake_server import START, step_metrics
 
@@ -143,6 +143,13 @@ def test_a_bar_has_its_width_and_its_share(share):
         (duration_text(59.6), "1:00"),
         (duration_text(7500), "2:05:00"),
         (duration_text(-3), "0:00"),
+        (times_text(10, 8), "1.25×"),
+        (times_text(10, 20), "0.50×"),
+        (times_text(99.94, 1), "99.9×"),
+        (times_text(99.96, 1), "100×"),
+        (times_text(3_200_000_000, 8_400_000), "381×"),
+        (times_text(0, 7), ""),
+        (times_text(7, 0), ""),
     ],
 )
 def test_quantities_read_as_people_write_them(text, expected):

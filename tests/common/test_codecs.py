@@ -98,6 +98,35 @@ def test_error_is_bounded_at_the_edges_of_a_dtype(codec: str, dtype: torch.dtype
     assert_within_bound(codec, torch.tensor(held, dtype=dtype))
 
 
+@every_codec
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_is_bounded_for_denormals_alone_and_beside_other_values(codec: str, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    denormals = torch.cat([torch.arange(-20, 21) * least, normal(87).clamp(-0.99, 0.99) * info.smallest_normal])
+    tensor = denormals.to(dtype)
+    assert tensor.count_nonzero() > 100
+    assert (tensor.abs() < info.smallest_normal).all()
+    for scale in (None, info.smallest_normal, 1.0):
+        assert_within_bound(codec, tensor if scale is None else torch.cat([tensor, normal(9).to(dtype) * scale]))
+
+
+@every_codec
+@pytest.mark.parametrize(
+    "shape", [(131_071,), (131_073,), (3, 70_001), (70_001, 3), (131_073, 1), (1, 262_145)], ids=str
+)
+def test_error_is_bounded_for_tensors_that_are_coded_in_parts(codec: str, shape: tuple[int, ...]) -> None:
+    assert_within_bound(codec, normal(*shape) * torch.linspace(0.1, 10, shape[-1]))
+
+
+@every_codec
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zeros_of_either_sign_are_zeros(codec: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for zeros in (torch.zeros(shape, dtype=dtype), -torch.zeros(shape, dtype=dtype)):
+        assert torch.equal(decode(encode(zeros, codec)), torch.zeros(shape))
+
+
 @settings(max_examples=300, deadline=None)
 @given(codec=st.sampled_from(CODECS), values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False)))
 def test_error_is_bounded_for_any_mix_of_values(codec: str, values: list[float]) -> None:
@@ -145,8 +174,25 @@ def test_values_become_infinite_only_where_the_codec_says(codec: str) -> None:
 def test_values_that_are_not_finite_stay_so(codec: str, bad: float) -> None:
     decoded = decode(encode(torch.tensor([1.0, bad, 3e38, -1e-40]), codec))
     assert not math.isfinite(decoded[1])
-    alone = decode(encode(torch.tensor([bad, -bad]), codec))
-    assert not alone.isfinite().any()
+    for dtype in DTYPES:
+        alone = decode(encode(torch.tensor([bad, -bad], dtype=dtype), codec))
+        assert not alone.isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_casts_keep_what_is_not_finite_and_fp16_then_divides_nothing(bad: float) -> None:
+    others = [1.0, -3e-5, 65_519.0, 65_520.0, 1e-8, -1e30]
+    expected = {
+        "fp32": torch.tensor(others),
+        "bf16": torch.tensor(others, dtype=torch.bfloat16).float(),
+        "fp16": torch.tensor(others, dtype=torch.float16).float(),
+    }
+    assert expected["fp16"].isinf().tolist() == [False, False, False, True, False, True]
+    assert expected["fp16"][4] == 0
+    for codec, kept in expected.items():
+        decoded = decode(encode(torch.tensor([*others, bad]), codec))
+        assert torch.equal(decoded[:-1], kept)
+        assert torch.equal(decoded[-1:], torch.tensor([bad])) or (math.isnan(bad) and math.isnan(decoded[-1]))
 
 
 @every_codec

@@ -45,6 +45,15 @@ HYPERPARAMETERS = st.one_of(
     ),
     st.just(jobs.Hyperparameters(optimizer="sgd", momentum=0.9, nesterov=True, warmup_ratio=0.0, weight_decay=0.1)),
 )
+CODECS = st.sampled_from(typing.get_args(jobs.Codec))
+WIRES = st.builds(
+    jobs.Wire,
+    rows=st.sampled_from([*typing.get_args(jobs.Rows), "auto"]),
+    values=CODECS | st.just("auto"),
+    deltas=CODECS | st.just("auto"),
+    sketch_rows=st.integers(1, 2**40),
+    max_error=st.floats(0, 1),
+)
 SPECS = st.builds(
     jobs.JobSpec,
     model=TEXT,
@@ -58,7 +67,17 @@ SPECS = st.builds(
     adapter=ADAPTERS,
     hyperparameters=HYPERPARAMETERS,
     fold=st.just("unmerged"),
-    wire=st.builds(jobs.Wire),
+    wire=WIRES,
+)
+PLANS = st.builds(
+    jobs.WirePlan,
+    rows=st.sampled_from(typing.get_args(jobs.Rows)),
+    values=CODECS,
+    deltas=CODECS,
+    sketch_rows=COUNT,
+    max_error=NUMBER,
+    error=NUMBER,
+    reason=TEXT,
 )
 JOBS = st.builds(
     jobs.Job,
@@ -78,6 +97,8 @@ JOBS = st.builds(
     waiting_for_workers=st.booleans(),
     tenant=TEXT,
     queue_place=st.none() | COUNT,
+    group_id=st.none() | TEXT,
+    wire_plan=st.none() | PLANS,
 )
 EVENTS = st.builds(
     jobs.JobEvent,
@@ -103,6 +124,7 @@ MODELS = st.builds(jobs.ModelCard, id=TEXT, parameters=COUNT, **TIMES, **CARDS)
 ESTIMATES = st.builds(
     jobs.Estimate,
     seconds=st.none() | NUMBER,
+    wire_plan=PLANS,
     **{name: COUNT for name, field in jobs.Estimate.model_fields.items() if field.annotation is int},
 )
 WORKERS = st.builds(
@@ -137,6 +159,9 @@ RECORDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Any], Callable[
 }
 
 
+BASE: dict[str, Any] = {"model": "m", "training_file": "f"}
+
+
 def through_bytes(wire: Any) -> Any:
     return type(wire).FromString(wire.SerializeToString())
 
@@ -156,6 +181,7 @@ def test_a_record_comes_back_as_it_went(name: str, data: st.DataObject) -> None:
         (jobs.JobSpec, types_pb2.JobSpec),
         (jobs.Hyperparameters, types_pb2.Hyperparameters),
         (jobs.Wire, types_pb2.Wire),
+        (jobs.WirePlan, types_pb2.WirePlan),
         (jobs.Method, types_pb2.Method),
         (jobs.JobFailure, types_pb2.JobFailure),
         (jobs.Job, types_pb2.Job),
@@ -189,7 +215,23 @@ def test_a_zero_that_is_sent_is_not_a_default() -> None:
     assert spec.hyperparameters.shuffle is False
 
 
-BASE = {"model": "m", "training_file": "f"}
+def test_a_client_that_knows_of_no_reductions_and_deltas_gets_what_it_asks_for() -> None:
+    sent = types_pb2.JobSpec(**BASE, wire={"rows": "all", "values": "bf16"})
+    wire = convert.spec_from_wire(through_bytes(sent)).wire
+    assert (wire.rows, wire.values, wire.deltas, wire.max_error) == ("all", "bf16", "auto", 0.0)
+
+
+def test_what_an_older_server_does_not_count_is_nothing() -> None:
+    known = jobs.StepMetrics(**dict.fromkeys(jobs.StepMetrics.model_fields, 1))
+    sent = convert.metrics_to_wire(known)
+    for name in ("reduce_seconds", "decode_seconds", "rows", "sent_rows", "raw_bytes", "raw_delta_bytes"):
+        sent.ClearField(name)
+    received = convert.metrics_from_wire(through_bytes(sent))
+    assert (received.seconds, received.sent_bytes) == (1, 1)
+    assert (received.reduce_seconds, received.decode_seconds, received.rows, received.sent_rows) == (0, 0, 0, 0)
+    assert (received.raw_bytes, received.raw_delta_bytes) == (0, 0)
+    job = jobs.Job(id="j", created_at=1.0, status=jobs.JobStatus.QUEUED, spec=jobs.JobSpec(**BASE))
+    assert convert.job_from_wire(through_bytes(convert.job_to_wire(job))).wire_plan is None
 
 
 @pytest.mark.parametrize(
@@ -203,6 +245,11 @@ BASE = {"model": "m", "training_file": "f"}
         ({**BASE, "adapter": {"target_pattern": "q", "target_modules": ["q"]}}, "not both"),
         ({**BASE, "fold": "half"}, "half"),
         ({**BASE, "seed": -1}, "seed"),
+        ({**BASE, "wire": {"rows": "some"}}, r"wire\.rows.*some"),
+        ({**BASE, "wire": {"deltas": "int2"}}, r"wire\.deltas.*int2"),
+        ({**BASE, "wire": {"sketch_rows": 0}}, r"wire\.sketch_rows.*got 0\)"),
+        ({**BASE, "wire": {"max_error": 1.5}}, r"wire\.max_error.*got 1\.5\)"),
+        ({**BASE, "wire": {"max_error": math.nan}}, r"wire\.max_error"),
     ],
     ids=str,
 )
@@ -258,6 +305,14 @@ FAMILIES = st.one_of(
 )
 
 
+NEVER_EMPTY = {
+    (messages.Hello, "reductions"): st.lists(TEXT, min_size=1, max_size=3).map(tuple),
+    (messages.ShardPlan, "rows"): TEXT.filter(bool),
+    (messages.Assign, "deltas"): TEXT.filter(bool),
+}
+"""What an older peer leaves empty has a meaning of its own."""
+
+
 def strategy_of(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of a message's type, field by field; tensors and what names them stay empty."""
     known = {str: TEXT, int: COUNT, float: NUMBER, bool: st.booleans(), families.Family: FAMILIES}
@@ -265,7 +320,9 @@ def strategy_of(kind: Any) -> st.SearchStrategy[Any]:
         return known[kind]
     if dataclasses.is_dataclass(kind):
         fields = {
-            name: st.just(()) if name in ("tensors", "names", "parts") else strategy_of(hint)
+            name: st.just(())
+            if name in ("tensors", "names", "parts")
+            else NEVER_EMPTY.get((kind, name), strategy_of(hint))
             for name, hint in typing.get_type_hints(kind).items()
         }
         return st.builds(kind, **fields)
@@ -277,7 +334,7 @@ def strategy_of(kind: Any) -> st.SearchStrategy[Any]:
 
 def with_tensors(message: Any, tensors: tuple[messages.EncodedTensor, ...]) -> Any:
     if isinstance(message, messages.Capture):
-        parts = tuple(messages.Part("xg"[index % 2], index, index) for index in range(len(tensors)))
+        parts = tuple(messages.Part("xgw"[index % 3], index, index, "ABé"[index]) for index in range(len(tensors)))
         return dataclasses.replace(message, parts=parts, tensors=tensors)
     if isinstance(message, messages.Delta | messages.Assign | messages.Snapshot):
         names = tuple((index, f"p{index}") for index in range(len(tensors)))
@@ -299,6 +356,20 @@ def test_a_message_comes_back_as_it_went(
 ) -> None:
     message = with_tensors(data.draw(strategy_of(kind)), data.draw(TENSORS))
     assert from_wire(through_bytes(to_wire(message))) == message
+
+
+def test_what_an_older_peer_leaves_empty_is_all_that_it_knew() -> None:
+    hello = fleet_pb2.FromWorker(hello={"worker": "wkr-1", "codecs": ["fp32"]})
+    greeted = convert.to_server_from_wire(through_bytes(hello))
+    assert isinstance(greeted, messages.Hello)
+    assert greeted.reductions == ("all",)
+    assign = fleet_pb2.FromServer(assign={"values": "bf16", "shards": [{"site": "q", "lora": {"r": 2}}]})
+    assigned = convert.to_worker_from_wire(through_bytes(assign))
+    assert isinstance(assigned, messages.Assign)
+    assert (assigned.deltas, [shard.rows for shard in assigned.shards]) == ("fp32", ["all"])
+    delta = convert.to_server_from_wire(through_bytes(fleet_pb2.FromWorker(delta={"worker_seconds": 2.0})))
+    assert isinstance(delta, messages.Delta)
+    assert (delta.worker_seconds, delta.decode_seconds) == (2.0, 0.0)
 
 
 def test_every_message_of_the_envelopes_is_a_domain_message_and_the_other_way() -> None:

@@ -130,7 +130,8 @@ def test_the_log_says_what_happened(whole: Cluster) -> None:
         job = finish(client, submit(client))
         said = messages(client, job)
         assert said[:2] == ["Files validated: 16 examples, 4 steps. Queued.", "Running."]
-        assert said[2].startswith("Step 1/4: training loss=")
+        assert said[2].startswith("On the wire: exact rows in fp32")
+        assert said[3].startswith("Step 1/4: training loss=")
 
 
 def test_targets_that_are_cut_off_are_told(whole: Cluster) -> None:

@@ -119,7 +119,7 @@ def _wide(client: Client, *, interval: int, steps: int) -> Job:
         rows=texts(512),
         adapter={"target_modules": "all-linear"},
         hyperparameters={"max_steps": steps, "batch_size": 64, "adaptation_interval": interval},
-        wire={"values": "fp32"},
+        wire={"rows": "all", "values": "fp32"},
     )
 
 

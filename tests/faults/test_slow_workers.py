@@ -6,6 +6,7 @@ from tests.support.throttle import Throttle
 from tests.support.troupe import Troupe
 
 STEPS = 80
+BF16 = {"values": "bf16"}
 HEAVY = {"type": "mlp", "hidden_sizes": [1024], "target_modules": ["q_proj", "v_proj"]}  # for workers, that is
 
 
@@ -14,9 +15,9 @@ def test_a_job_leaves_a_worker_that_slows_down_and_ends_with_the_same_adapter(tr
         for name in troupe.daemons:
             troupe.cluster.misbehave(name, "honest")
         # A busy machine may disturb this one, too; the outcome is the same whatever happens.
-        reference = finish(client, begin(client, STEPS, adapter=HEAVY))
+        reference = finish(client, begin(client, STEPS, adapter=HEAVY, wire=BF16))
         expected = troupe.outcome(client, reference)
-        job = begin(client, STEPS, adapter=HEAVY)
+        job = begin(client, STEPS, adapter=HEAVY, wire=BF16)
         until(lambda: client.fine_tuning.jobs.retrieve(job.id).step > 10)
 
         def shares() -> dict[str, int]:

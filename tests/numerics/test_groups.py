@@ -10,7 +10,7 @@ import torch
 
 from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
 from cola_common.messages import OptimizerPlan
-from cola_server.model import JobAdapter, JobBatch, Mean, evaluate, probe, train
+from cola_server.model import Captured, JobAdapter, JobBatch, Mean, evaluate, probe, train
 from tests.numerics.test_mixtures import PLAN, by_site, close, ragged, stirred
 from tests.support.group_oracle import Oracle
 from tests.support.in_process import Batch, InProcess, dealt
@@ -103,8 +103,8 @@ class Kept:
     def __init__(self) -> None:
         self.captures: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def capture(self, site, call, x, g, rows) -> None:
-        self.captures[site.name] = (x.clone(), g.clone())
+    def capture(self, captured: Captured) -> None:
+        self.captures[captured.site.name] = (captured.x.clone(), captured.g.clone())
 
     def finish(self) -> None:
         pass

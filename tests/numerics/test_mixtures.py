@@ -10,7 +10,7 @@ import torch
 from cola_common.adapters import Parameters
 from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
 from cola_common.messages import OptimizerPlan
-from cola_server.model import BaseModel, JobAdapter, JobBatch, Site, evaluate, probe, train
+from cola_server.model import BaseModel, Captured, JobAdapter, JobBatch, Site, evaluate, probe, train
 from tests.support.in_process import Batch, InProcess, called
 from tests.support.models import VOCABULARY, base_of, load_tiny, tiny
 from tests.support.oracle import back_propagate
@@ -39,11 +39,11 @@ class Kept:
     def __init__(self) -> None:
         self.captures: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
 
-    def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
-        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        if rows is not None:
-            flat_x, flat_g = flat_x[rows], flat_g[rows]
-        self.captures.append((site.name, call, flat_x.clone(), flat_g.clone()))
+    def capture(self, captured: Captured) -> None:
+        flat_x, flat_g = (values.reshape(-1, values.shape[-1]) for values in (captured.x, captured.g))
+        if captured.rows is not None:
+            flat_x, flat_g = flat_x[captured.rows], flat_g[captured.rows]
+        self.captures.append((captured.site.name, captured.call, flat_x.clone(), flat_g.clone()))
 
     def finish(self) -> None:
         pass

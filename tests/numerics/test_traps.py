@@ -12,12 +12,13 @@ from transformers import get_scheduler
 from cola_common import schedules
 from cola_common.adapters import Parameters
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
+from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter, WirePlan
 from cola_common.messages import OptimizerPlan
-from cola_server.model import BaseModel, JobAdapter, JobBatch, Merging, Sink, Site, probe, train
-from tests.support.in_process import Batch, InProcess
+from cola_server.model import BaseModel, Captured, JobAdapter, JobBatch, Merging, Sink, Site, probe, train
+from tests.support.in_process import ALL, Batch, InProcess
 from tests.support.models import VOCABULARY, base_of, load_tiny, tiny
 from tests.support.oracle import wrap
+from tests.support.wires import wire
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 PLAN = OptimizerPlan(
@@ -48,11 +49,11 @@ def of_size(sites: tuple[Site, ...], spread: float) -> JobAdapter:
 
 
 def gradient(
-    base: BaseModel, adapter: JobAdapter, folder: Path, batches: list[Batch], values: str = "fp32"
+    base: BaseModel, adapter: JobAdapter, folder: Path, batches: list[Batch], travels: WirePlan = ALL
 ) -> Parameters:
     """The gradient that a worker steps by: with plain SGD at rate 1 it is what the step takes away."""
     before = adapter.state()
-    with InProcess(base, adapter.sites, adapter, PLAN, folder, values=values) as job:
+    with InProcess(base, adapter.sites, adapter, PLAN, folder, travels=travels) as job:
         job.step(batches)
     return {
         f"{site.name}.{name}": old[name] - new[name]
@@ -115,7 +116,7 @@ def test_bf16_on_the_wire_leaves_the_gradient_its_direction(tmp_path: Path) -> N
     base = base_of(tiny("llama"))
     adapter = of_size(probe(base, LoraAdapter(r=4, target_modules=TARGETS), labels=None, fold="unmerged"), 0.3)
     wanted = true_gradient(adapter, [batch()])
-    assert cosine(gradient(base, adapter, tmp_path, [batch()], values="bf16"), wanted) > 0.9999
+    assert cosine(gradient(base, adapter, tmp_path, [batch()], wire(values="bf16")), wanted) > 0.9999
 
 
 def test_the_backward_pass_runs_through_the_adapters(tmp_path: Path) -> None:
@@ -234,8 +235,8 @@ def test_a_job_s_gradient_does_not_shrink_with_its_share_of_the_batch() -> None:
         def __init__(self) -> None:
             self.squares = 0.0
 
-        def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
-            self.squares += float(g.square().sum())
+        def capture(self, captured: Captured) -> None:
+            self.squares += float(captured.g.square().sum())
 
         def finish(self) -> None:
             pass

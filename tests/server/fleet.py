@@ -1,11 +1,12 @@
 """Workers and a job of two shards for the tests of `cola_server.fleet`, with messages made by hand."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from cola_common import ids
+from cola_common.jobs import WirePlan
 from cola_common.messages import (
     PROTOCOL,
     Calls,
@@ -19,8 +20,9 @@ from cola_common.messages import (
     Snapshot,
     ToWorker,
 )
-from cola_common.tensor import encode
-from cola_server.fleet import Attendance, Exchange, Fleet, FleetLimits, Load
+from cola_common.tensor import encode, encode_parameter, encoded_shape, nbytes
+from cola_server.fleet import Attendance, DeltaForm, Exchange, Fleet, FleetLimits, Load
+from tests.support.wires import wire
 
 JOB = "ftjob-000000000000000000000000"
 SITES = ["layers.0.q", "layers.0.k"]
@@ -34,6 +36,8 @@ def hello(
     boot: int = 1,
     versions: tuple[int, int] = (PROTOCOL, PROTOCOL),
     owned: Sequence[OwnedShard] = (),
+    codecs: Sequence[str] = ("fp32",),
+    reductions: Sequence[str] = ("all",),
 ) -> Hello:
     return Hello(
         protocol_min=versions[0],
@@ -41,8 +45,9 @@ def hello(
         worker=worker or ids.new("wkr"),
         boot=boot,
         capacity=Capacity(cores=1, memory_bytes=1 << 30, device="cpu", gflops=1.0),
-        codecs=("fp32",),
+        codecs=tuple(codecs),
         owned=tuple(owned),
+        reductions=tuple(reductions),
     )
 
 
@@ -51,23 +56,44 @@ def capture(nbytes: int, batch: int = 0, epoch: int = 1) -> Capture:
     return Capture(JOB, epoch, batch, (Part("g", 0, 0),), (tensor,))
 
 
-def exchange_of(fleet: Fleet, owners: dict[int, str], *, clip: float = 0.0, epoch: int = 1) -> Exchange:
+def exchange_of(
+    fleet: Fleet,
+    owners: dict[int, str],
+    *,
+    clip: float = 0.0,
+    epoch: int = 1,
+    wires: Mapping[str, WirePlan] | None = None,
+) -> Exchange:
+    """All in fp32 without `wires`."""
+    wires = wires or dict.fromkeys(owners.values(), wire())
     exchange = Exchange(
         job=JOB,
         epoch=epoch,
         owners=owners,
         outboxes=fleet.outboxes(set(owners.values())),
+        wires=wires,
         sites=SITES,
         shapes=SHAPES,
+        deltas=[
+            {name: form(shape, wires[owners[i]].deltas) for name, shape in of_shard.items()}
+            for i, of_shard in enumerate(SHAPES)
+            if i in owners
+        ],
         max_grad_norm=clip,
     )
     fleet.open(exchange, dict.fromkeys(exchange.workers, LOAD))
     return exchange
 
 
+def form(shape: tuple[int, ...], codec: str) -> DeltaForm:
+    """As the delta of a parameter of that shape comes."""
+    written = encoded_shape(shape, codec)
+    return DeltaForm(codec, written, nbytes(codec, written))
+
+
 def delta(indices: list[int], *, step: int = 0, epoch: int = 1, codec: str = "fp32", square: float = 1.0) -> Delta:
     names = [(i, name) for i in indices for name in SHAPES[i]]
-    tensors = [encode(torch.ones(SHAPES[i][name]), codec) for i, name in names]
+    tensors = [encode_parameter(torch.ones(SHAPES[i][name]), codec) for i, name in names]
     squares = tuple((i, square) for i in indices)
     return Delta(JOB, epoch, step, tuple(names), squares, "digest", 0.1, tuple(tensors))
 

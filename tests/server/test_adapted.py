@@ -8,7 +8,7 @@ import torch
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import LoraAdapter
 from cola_common.messages import EncodedTensor
-from cola_common.tensor import CODECS, decode, digest, encode
+from cola_common.tensor import CODECS, decode_parameter, digest, encode, encode_parameter
 from cola_server.model import JobAdapter, Site, probe
 from tests.support.models import base_of, tiny
 
@@ -24,7 +24,7 @@ def sites() -> tuple[Site, ...]:
 def delta(adapter: JobAdapter, index: int, codec: str = "fp32", seed: int = 0) -> tuple[list[str], list[EncodedTensor]]:
     generator = torch.Generator().manual_seed(seed)
     shapes = adapter.adapters[index].shapes()
-    return list(shapes), [encode(torch.randn(shape, generator=generator), codec) for shape in shapes.values()]
+    return list(shapes), [encode_parameter(torch.randn(s, generator=generator), codec) for s in shapes.values()]
 
 
 def test_the_start_is_a_function_of_seed_and_site_alone(sites: tuple[Site, ...]) -> None:
@@ -67,7 +67,8 @@ def test_a_fold_adds_the_decoded_delta_and_chains_the_digest(sites: tuple[Site, 
     for step in range(3):
         names, tensors = delta(adapter, 1, codec, seed=step)
         adapter.fold(1, names, tensors)
-        wanted[1] = {name: wanted[1][name] + decode(tensor) for name, tensor in zip(names, tensors, strict=True)}
+        folded = zip(wanted[1].items(), tensors, strict=True)
+        wanted[1] = {name: p + decode_parameter(tensor, tuple(p.shape)) for (name, p), tensor in folded}
         chain = digest.chain(chain, names, tensors)
     for shard, expected in zip(adapter.state(), wanted, strict=True):
         assert all(torch.equal(shard[name], expected[name]) for name in shard)

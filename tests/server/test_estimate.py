@@ -15,9 +15,10 @@ from cola_server.jobs import Artefacts
 from cola_server.model import BaseModel, JobAdapter, JobBatch, Site, train
 from cola_server.training.captures import CapturePacker
 from cola_server.training.catalogue import Catalogue
-from cola_server.training.estimate import Room, capture_bytes, sizes
+from cola_server.training.estimate import Bounds, Room, heaviest_plan, sizes
 from cola_server.training.numerics import Numerics
 from cola_server.training.observed import Observed
+from cola_server.training.traffic import capture_bytes, delta_bytes
 from cola_worker.shard import Shard
 from tests.support.models import load_tiny
 
@@ -89,28 +90,29 @@ def server(base: BaseModel, numerics: Numerics, tmp_path: Path) -> Iterator[Serv
 
 
 def of(spec: JobSpec, sites: tuple[Site, ...], room: Room) -> Any:
-    return sizes(spec, sites, room, window_bytes=WINDOW, buffer_bytes=BUFFER)
+    return sizes(spec, sites, room, heaviest_plan(spec, sites), Bounds(BUFFER, WINDOW))
 
 
 @pytest.mark.parametrize(
     "optimizer", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}]
 )
+@pytest.mark.parametrize("deltas", ["fp32", "int8"])
 @pytest.mark.parametrize("family", list(ADAPTERS))
 def test_parameters_and_state_are_those_of_server_and_worker(
-    server: Server, family: str, optimizer: dict[str, Any]
+    server: Server, family: str, deltas: str, optimizer: dict[str, Any]
 ) -> None:
-    spec = server.spec(family, hyperparameters=optimizer)
+    spec = server.spec(family, hyperparameters=optimizer, wire={"deltas": deltas})
     sites = server.sites(spec)
     found = of(spec, sites, server.room)
     adapter = JobAdapter.initial(sites, 0, torch.device("cpu"))
     held = sum(p.nbytes for shard in adapter.parameters for p in shard.values())
-    assert found.adapter == found.delta == held
+    assert found.adapter == held
     h = spec.hyperparameters
     plan = OptimizerPlan(h.optimizer, 1e-3, h.momentum, False, 0.0, 0.0, "constant", 0, 1)
     kept = 0
     for site, parameters in zip(sites, adapter.state(), strict=True):
         shard = Shard(
-            ShardPlan(site.index, site.name, site.family, site.d_in, site.d_out, site.group), parameters, plan
+            ShardPlan(site.index, site.name, site.family, site.d_in, site.d_out, site.group), parameters, plan, deltas
         )
         shard.step({name: torch.ones_like(p) for name, p in shard.parameters.items()}, 1e-3)
         state = shard.optimizer_state().items()
@@ -119,10 +121,12 @@ def test_parameters_and_state_are_those_of_server_and_worker(
     assert found.snapshot == kept
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "wire", [{}, {"rows": "all"}, {"rows": "all", "values": "bf16"}, {"rows": "all", "values": "fp16"}], ids=str
+)
 @pytest.mark.parametrize("family", ["lora", "mlp"])
-def test_captures_are_what_a_full_batch_sends(server: Server, family: str, values: str) -> None:
-    spec = server.spec(family, wire={"values": values})
+def test_captures_are_what_a_full_batch_sends(server: Server, family: str, wire: dict[str, Any]) -> None:
+    spec = server.spec(family, wire=wire)
     sites = server.sites(spec)
     adapter = JobAdapter.initial(sites, 0, torch.device("cpu"))
     packer = CapturePacker(
@@ -130,7 +134,9 @@ def test_captures_are_what_a_full_batch_sends(server: Server, family: str, value
         epoch=1,
         batch=0,
         step=0,
-        values=values,
+        seed=0,
+        sites=sites,
+        wires={"only": heaviest_plan(spec, sites)},
         owners={site.index: "only" for site in sites},
         emit=lambda _worker, _frame: None,
     )
@@ -218,25 +224,81 @@ def test_steps_bytes_and_time_follow_the_data(server: Server) -> None:
     tokens = len(server.base.tokenizer(rows[0])["input_ids"])
     found = server.catalogue.estimate(spec, len(rows), server.labels)
     assert (found.examples, found.total_steps) == (7, 3)
-    batch = capture_bytes(sites, "bf16", tokens=BATCH * tokens, examples=BATCH)
+    assert (found.wire_plan.rows, found.wire_plan.values, found.wire_plan.deltas) == ("exact", "fp32", "fp32")
+    batch = capture_bytes(sites, found.wire_plan, tokens=BATCH * tokens, examples=BATCH)
     assert found.sent_bytes == batch * 6 // 3
     assert found.trainable_parameters * 4 == found.received_bytes
     assert found.seconds is None
     server.observed.passed(server.base.name, tokens=100, seconds=1.0)
     assert server.catalogue.estimate(spec, len(rows), server.labels).seconds is None
-    server.observed.waited(nbytes=1000, seconds=1.0)
-    seconds = server.catalogue.estimate(spec, len(rows), server.labels).seconds
-    assert seconds == pytest.approx(6 * BATCH * 32 / 100 + 3 * (found.sent_bytes + found.received_bytes) / 1000)
+    server.observed.waited(seconds=1.0)
+    passing = 6 * BATCH * 32 / 100
+    assert server.catalogue.estimate(spec, len(rows), server.labels).seconds == pytest.approx(passing + 3 * 1.0)
+    server.observed.link(rate := (found.sent_bytes + found.received_bytes) / 2.5)
+    assert server.catalogue.estimate(spec, len(rows), server.labels).seconds == pytest.approx(passing + 3 * 2.5)
+    server.observed.link(rate * 100)
+    assert server.catalogue.estimate(spec, len(rows), server.labels).seconds == pytest.approx(passing + 3 * 1.0)
+
+
+@pytest.mark.parametrize("family", list(ADAPTERS))
+def test_an_estimate_tells_what_would_travel_over_the_link_that_the_last_jobs_have_found(
+    server: Server, family: str
+) -> None:
+    spec = server.spec(family, rows=["w1 w2"] * 9, wire={"max_error": 0.2})
+    unknown = server.catalogue.estimate(spec, 9, server.labels)
+    assert unknown.wire_plan.error == 0.0
+    server.observed.passed(server.base.name, tokens=100, seconds=0.01)
+    server.observed.link(1e12)
+    fast = server.catalogue.estimate(spec, 9, server.labels)
+    assert fast.wire_plan.error == 0.0
+    server.observed.link(1e3)
+    slow = server.catalogue.estimate(spec, 9, server.labels)
+    assert 0.0 < slow.wire_plan.error <= 0.2
+    assert slow.sent_bytes + slow.received_bytes < fast.sent_bytes + fast.received_bytes
+    sites = server.sites(spec)
+    assert slow.received_bytes == delta_bytes(sites, slow.wire_plan.deltas)
+
+
+@pytest.mark.parametrize(("family", "rows"), [("linear", "exact"), ("mlp", "exact"), ("mlp", "sketch")])
+def test_a_reduction_that_is_not_valid_for_the_adapter_is_refused_before_there_is_a_job(
+    server: Server, family: str, rows: str
+) -> None:
+    spec = server.spec(family, wire={"rows": rows})
+    calls = [lambda: server.catalogue.check(spec), lambda: server.catalogue.estimate(spec, 1, server.labels)]
+    for call in calls:
+        with pytest.raises(ColaError) as refused:
+            call()
+        assert refused.value.reason == Reason.INVALID_JOB
+        assert refused.value.details["param"] == "wire.rows"
+
+
+@pytest.mark.parametrize("tight", ["buffer", "window"])
+def test_a_batch_that_fits_as_a_gradient_is_refused_as_rows(server: Server, tight: str) -> None:
+    plain, thin = (server.spec(wire={"rows": rows, "values": "fp32"}) for rows in ("all", "exact"))
+    sites = [site for site in server.sites(plain) if site.kind != "head"]
+    batch = capture_bytes(sites, heaviest_plan(plain, sites), tokens=ROWS, examples=BATCH)
+    largest = 4 * ROWS * max(max(site.d_in, site.d_out) for site in sites)
+    bounds, limit = {
+        "buffer": (Bounds(batch - 1, batch), batch - 1),
+        "window": (Bounds(batch, largest - 1), largest - 1),
+    }[tight]
+    problem = bounds.problem(plain, sites, heaviest_plan(plain, sites))
+    assert problem is not None and problem.reason == Reason.BATCH_TOO_LARGE
+    assert problem.details["limit"] == str(limit)
+    assert bounds.problem(thin, sites, heaviest_plan(thin, sites)) is None
+    assert Bounds(batch, largest).problem(plain, sites, heaviest_plan(plain, sites)) is None
 
 
 def test_averages_follow_what_is_observed_and_models_differ() -> None:
     observed = Observed()
-    observed.waited(1000, 1.0)
+    observed.waited(1.0)
     observed.passed("slow", 10, 10.0)
     observed.passed("fast", 10, 1.0)
-    assert observed.seconds("slow", 5, 0) == pytest.approx(5.0)
-    assert observed.seconds("fast", 5, 2000) == pytest.approx(2.5)
-    assert observed.seconds("unseen", 5, 0) is None
+    assert observed.seconds("slow", 5, 2, 0) == pytest.approx(7.0)
+    assert observed.seconds("fast", 5, 2, 2000) == pytest.approx(2.5)
+    observed.link(1000.0)
+    assert observed.seconds("fast", 5, 2, 2000) == pytest.approx(4.5)
+    assert observed.seconds("unseen", 5, 1, 0) is None
     for _ in range(200):
         observed.passed("slow", 10, 20.0)
-    assert observed.seconds("slow", 1, 0) == pytest.approx(2.0, rel=1e-3)
+    assert observed.seconds("slow", 1, 0, 0) == pytest.approx(2.0, rel=1e-3)

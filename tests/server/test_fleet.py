@@ -414,7 +414,7 @@ async def test_a_quarantined_worker_is_ended_and_not_let_in_again() -> None:
     fleet = Fleet(SMALL)
     (a,) = await attended(fleet, 1)
     fleet.quarantine(a.worker, "a bad delta")
-    assert a.ended.result() is not None and fleet.candidates(job=JOB, values="fp32") == []
+    assert a.ended.result() is not None and fleet.candidates(job=JOB) == []
     with pytest.raises(ColaError, match="bad delta"):
         fleet.attend(hello(a.worker, boot=9))
     assert [c.status for c in fleet.cards()] == ["quarantined"]
@@ -427,7 +427,7 @@ async def test_a_draining_worker_gets_nothing_new_and_leaves_when_its_jobs_have(
     assert not exchange.leaving
     fleet.accept(a, Draining())
     assert exchange.leaving
-    assert fleet.candidates(job=JOB, values="fp32") == [] and not a.ended.done()
+    assert fleet.candidates(job=JOB) == [] and not a.ended.done()
     assert [c.status for c in fleet.cards()] == ["draining"]
     fleet.release(exchange, "over", keep=False)
     assert a.ended.result() is None
@@ -439,7 +439,7 @@ async def test_a_worker_that_is_drained_is_asked_to_leave_and_goes_when_it_knows
     exchange = exchange_of(fleet, {0: a.worker, 1: b.worker})
     assert fleet.drain(a.worker).status == "draining"
     assert exchange.leaving
-    assert [c.worker for c in fleet.candidates(job=JOB, values="fp32")] == [b.worker]
+    assert [c.worker for c in fleet.candidates(job=JOB)] == [b.worker]
     assert await sent(a, Drain) == Drain()
     fleet.release(exchange, "the job is moving", keep=True)
     assert not a.ended.done()
@@ -454,7 +454,7 @@ STATE = {site: (index, f"digest {index}") for index, site in enumerate(SITES)}
 
 
 def owned(fleet: Fleet, *, step: int = 1) -> dict[str, set[int]]:
-    return {c.worker: set(c.owned) for c in fleet.candidates(job=JOB, values="fp32", step=step, state=STATE)}
+    return {c.worker: set(c.owned) for c in fleet.candidates(job=JOB, step=step, state=STATE)}
 
 
 async def test_what_a_worker_has_on_its_disk_is_known_from_its_greeting_to_the_bit() -> None:
@@ -468,7 +468,7 @@ async def test_what_a_worker_has_on_its_disk_is_known_from_its_greeting_to_the_b
     a, _ = fleet.attend(hello(owned=offered))
     assert owned(fleet) == {a.worker: {0}}
     assert owned(fleet, step=2) == {a.worker: set()}
-    assert [c.owned for c in fleet.candidates(job=JOB, values="fp32")] == [frozenset()]
+    assert [c.owned for c in fleet.candidates(job=JOB)] == [frozenset()]
 
 
 async def test_what_a_worker_has_on_its_disk_is_known_from_its_snapshots_until_it_is_lost_or_revoked() -> None:
@@ -504,7 +504,7 @@ async def test_a_snapshot_of_an_epoch_that_is_over_is_told_and_changes_nothing()
 
 
 def speeds(fleet: Fleet) -> dict[str, float]:
-    return {c.worker: c.speed for c in fleet.candidates(job=JOB, values="fp32")}
+    return {c.worker: c.speed for c in fleet.candidates(job=JOB)}
 
 
 def claiming(gflops: float, boot: int = 1, worker: str | None = None) -> Hello:
@@ -597,7 +597,7 @@ async def test_the_rate_of_a_way_is_what_its_captures_show_and_one_not_tried_yet
     a, b = await attended(fleet, 2)
 
     def rates() -> dict[str, float]:
-        return {c.worker: c.rate for c in fleet.candidates(job=JOB, values="fp32")}
+        return {c.worker: c.rate for c in fleet.candidates(job=JOB)}
 
     assert rates() == {a.worker: FASTEST, b.worker: FASTEST}
     for batch in range(ENOUGH):
@@ -623,13 +623,21 @@ async def test_a_job_is_no_load_to_itself() -> None:
     fleet = Fleet(SMALL)
     a, b = await attended(fleet, 2)
     exchange_of(fleet, {0: a.worker, 1: a.worker})
-    loads = {c.worker: c.load for c in fleet.candidates(job=JOB, values="fp32")}
+    loads = {c.worker: c.load for c in fleet.candidates(job=JOB)}
     assert loads == {a.worker: Load(), b.worker: Load()}
-    loads = {c.worker: c.load for c in fleet.candidates(job=JOB[:-1] + "1", values="fp32")}
+    loads = {c.worker: c.load for c in fleet.candidates(job=JOB[:-1] + "1")}
     assert loads == {a.worker: LOAD, b.worker: Load()}
 
 
-@pytest.mark.parametrize(("message", "copies"), [(delta([0]), 1), (half([0]), 2)], ids=["delta", "snapshot"])
+async def test_a_worker_is_a_candidate_with_what_it_said_that_it_knows() -> None:
+    fleet = Fleet(SMALL)
+    plain, _ = fleet.attend(hello())
+    able, _ = fleet.attend(hello(codecs=("fp32", "int8"), reductions=("all", "exact")))
+    known = {c.worker: (c.codecs, c.reductions) for c in fleet.candidates(job=JOB)}
+    assert known == {plain.worker: ({"fp32"}, {"all"}), able.worker: ({"fp32", "int8"}, {"all", "exact"})}
+
+
+@pytest.mark.parametrize(("message", "copies"), [(delta([0]), 1), (half([0]), 3)], ids=["delta", "snapshot"])
 async def test_a_message_larger_than_any_could_be_is_refused_before_it_is_read(
     message: Delta | Snapshot, copies: int
 ) -> None:

@@ -10,78 +10,84 @@ import pytest
 
 from cola_common import ids
 from cola_common.families import Family, Linear, Lora, Mlp
-from cola_common.jobs import Hyperparameters, JobSpec, Wire
+from cola_common.jobs import Codec, Rows
 from cola_common.messages import Calls, OwnedShard
 from cola_server.fleet import Attendance, Fleet, Load, carried
 from cola_server.fleet.pace import ENOUGH
-from cola_server.model import Site
-from cola_server.training.estimate import capture_bytes
-from cola_server.training.examples import Example, Stored
 from cola_server.training.judgement import Judgement
-from cola_server.training.loads import Loads
+from cola_server.training.loads import CALL, Loads
+from cola_server.training.observed import Observed
 from cola_server.training.owners import MOVE_SECONDS, Owners
+from cola_server.training.traffic import capture_bytes, delta_bytes
+from tests.server.capturing import site
 from tests.server.fleet import SMALL, hello
+from tests.server.prepared import prepared
+from tests.support.wires import wire
 
 LORA = Lora(r=8, scale=1.0)
-ROOMY = dataclasses.replace(SMALL, window_bytes=1 << 20)
-
-
-def site(index: int, group: int, family: Family = LORA, d_in: int = 64, d_out: int = 96, **fields: Any) -> Site:
-    layout = {"kind": "linear", "layout": "tokens", "calls": 1, "tied": None, **fields}
-    return Site(index=index, name=f"s{index}", family=family, d_in=d_in, d_out=d_out, group=group, **layout)
-
+ROOMY = dataclasses.replace(SMALL, window_bytes=1 << 20, buffer_bytes=1 << 20)
 
 SITES = (
-    site(0, 0),
-    site(1, 0, d_out=32),
-    site(2, 1, Mlp(hidden_sizes=(16,), scale=1.0), calls=3),
-    site(3, 2, Linear(scale=1.0), layout="examples"),
+    site(0, 0, LORA, 64, 96),
+    site(1, 0, LORA, 64, 32),
+    site(2, 1, Mlp(hidden_sizes=(16,), scale=1.0), 64, 96, calls=3),
+    site(3, 2, Linear(scale=1.0), 64, 96, layout="examples"),
 )
-
-
-def prepared(
-    sites: Sequence[Site] = SITES, *, batch: int = 4, length: int = 16, interval: int = 1, batches: int = 100
-) -> Any:
-    """As `Prepared`, of so many examples as make ten batches."""
-    hyperparameters = Hyperparameters(batch_size=batch, adaptation_interval=interval)
-    return SimpleNamespace(
-        job=ids.new("ftjob"),
-        spec=JobSpec(model="m", training_file="f", hyperparameters=hyperparameters, wire=Wire(values="fp32")),
-        sites=tuple(sites),
-        training=SimpleNamespace(examples=Stored([Example(range(length), 0)] * (10 * batch), None)),
-        batches=SimpleNamespace(per_epoch=10),
-        total_batches=batches,
-    )
 
 
 # --- what a job asks for --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interval", [1, 5])
-def test_a_batch_asks_for_the_bytes_of_its_captures_and_its_part_of_the_delta(interval: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "values"), [("all", "fp32"), ("exact", "fp32"), ("exact", "bf16"), ("sketch", "int8")]
+)
+@pytest.mark.parametrize("deltas", ["fp32", "int8"])
+def test_a_batch_asks_for_the_bytes_of_its_captures_and_its_part_of_the_delta(
+    interval: int, rows: Rows, values: Codec, deltas: Codec
+) -> None:
     owners = {0: "a", 1: "a", 2: "b", 3: "b"}
-    loads = carried(Loads(prepared(interval=interval)).shards, owners)
+    plan = wire(rows, values, deltas, sketch_rows=10)
+    loads = carried(Loads(prepared(SITES, interval=interval), plan).shards, owners)
     for worker in ("a", "b"):
         mine = [s for s in SITES if owners[s.index] == worker]
-        captured = capture_bytes(mine, "fp32", tokens=4 * 16, examples=4)
-        load = loads[worker]
-        assert load.nbytes == pytest.approx(captured + load.parameter_bytes / interval)
+        captured = capture_bytes(mine, plan, tokens=4 * 16, examples=4)
+        assert loads[worker].nbytes == pytest.approx(captured + delta_bytes(mine, deltas) / interval)
     assert loads["a"].parameter_bytes == 4 * 8 * (64 + 96 + 64 + 32)
 
 
 @pytest.mark.parametrize("interval", [1, 5])
-def test_a_step_of_mean_batches_asked_for_what_its_batches_ask_for(interval: int) -> None:
+@pytest.mark.parametrize("rows", ["all", "exact", "sketch"])
+def test_a_step_of_mean_batches_asked_for_what_its_batches_ask_for(interval: int, rows: Rows) -> None:
     owners = {0: "a", 1: "a", 2: "b", 3: "b"}
-    job = Loads(prepared(interval=interval))
-    batch = [Calls(s.index, s.calls, s.calls * s.rows(tokens=64, examples=4)) for s in SITES]
+    job = Loads(prepared(SITES, interval=interval), wire(rows, sketch_rows=10))
+    kept = {"all": (64, 64, 64, 4), "exact": (0, 0, 64, 4), "sketch": (10, 10, 64, 4)}[rows]
+    batch = [Calls(s.index, s.calls, s.calls * k) for s, k in zip(SITES, kept, strict=True)]
     promised = carried(job.shards, owners)
     done = job.work(owners, batch * interval)
     assert done == {worker: pytest.approx(interval * promised[worker].work) for worker in ("a", "b")}
 
 
+def test_a_gradient_asks_for_less_work_than_its_rows_and_fewer_rows_than_all() -> None:
+    def work(rows: Rows) -> float:
+        return Loads(prepared([site(0, 0, LORA, 576, 576)], length=256), wire(rows, sketch_rows=64)).whole.work
+
+    assert work("exact") < work("sketch") < work("all")
+
+
+def test_a_gradients_work_grows_with_its_size_and_with_its_calls_and_not_with_the_rows_that_it_was_made_of() -> None:
+    def captured(r: int, calls: int, length: int = 16) -> float:
+        job = Loads(prepared([site(0, 0, Lora(r, 1.0), 576, 576)], length=length), wire("exact"))
+        return job.work({0: "a"}, [Calls(0, calls, 0)])["a"] - job.work({0: "a"}, [])["a"]
+
+    assert captured(16, 1) - captured(8, 1) == pytest.approx(captured(8, 1) - CALL)
+    assert captured(8, 3) == pytest.approx(3 * captured(8, 1))
+    assert captured(8, 1, length=512) == captured(8, 1)
+
+
 def test_work_grows_with_rows_and_with_what_a_family_does_with_them() -> None:
     def work(family: Family, rows: int) -> float:
-        job = Loads(prepared([site(0, 0, family, 576, 576)]))
+        job = Loads(prepared([site(0, 0, family, 576, 576)]), wire())
         return job.work({0: "a"}, [Calls(0, 1, rows)])["a"]
 
     assert work(LORA, 64) < work(LORA, 256) < work(Lora(r=64, scale=1.0), 256) < work(Linear(scale=1.0), 256)
@@ -101,7 +107,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.fleet = Fleet(ROOMY)
-        self.services: Any = SimpleNamespace(fleet=self.fleet, split=1, moves=threading.Lock())
+        self.services: Any = SimpleNamespace(fleet=self.fleet, split=1, moves=threading.Lock(), observed=Observed())
 
     def worker(self, speed: float, worker: str | None = None, owned: Sequence[OwnedShard] = ()) -> Attendance:
         greeting = hello(worker, owned=owned)
@@ -109,7 +115,8 @@ class Stage:
         return self.fleet.attend(dataclasses.replace(greeting, capacity=capacity))[0]
 
     def job(self, batches: int = 100, seconds: float = STEP_SECONDS) -> Owners:
-        job = prepared([site(0, 0, d_in=576, d_out=576)], batches=batches)
+        job = prepared([site(0, 0, LORA, 576, 576)], batches=batches)
+        job.wire_plan = wire()
         owners = Owners(job, self.services, Judgement())
         (shard,) = owners._loads.shards
         load = Load(shard.load.parameter_bytes, seconds * SPEED, 0.0)
@@ -177,7 +184,7 @@ async def test_a_job_that_starts_again_goes_to_who_has_its_state_unless_another_
     stage = Stage()
     for batches, back in ((1, True), (100_000, False)):
         job = stage.job(batches=batches)
-        state = [OwnedShard(job._prepared.job, "s0", 1, "digest")]
+        state = [OwnedShard(job._prepared.job, "site0", 1, "digest")]
         owner = stage.worker(SPEED, "wkr-" + "a" * 24, owned=state)
         fast = stage.worker(10 * SPEED, "wkr-" + "b" * 24)
         start: Any = SimpleNamespace(step=1, digests=["digest"])

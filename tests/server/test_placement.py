@@ -208,9 +208,9 @@ def test_a_job_is_split_where_that_saves_more_than_another_owner_costs(times: fl
 
 def test_what_the_window_may_hold_counts_as_memory() -> None:
     shards = [shard(0, 0, 1, nbytes=500.0, x=0.0)]
-    assert place(shards, [Candidate("a", 4 + 500, 1.0, 1.0, window_bytes=1000)]) == {0: "a"}
-    assert place(shards, [Candidate("a", 4 + 499, 1.0, 1.0, window_bytes=1000)]) is None
-    assert place(shards, [Candidate("a", 4 + 100, 1.0, 1.0, window_bytes=100)]) == {0: "a"}
+    assert place(shards, [Candidate("a", STATE_COPIES + 500, 1.0, 1.0, window_bytes=1000)]) == {0: "a"}
+    assert place(shards, [Candidate("a", STATE_COPIES + 499, 1.0, 1.0, window_bytes=1000)]) is None
+    assert place(shards, [Candidate("a", STATE_COPIES + 100, 1.0, 1.0, window_bytes=100)]) == {0: "a"}
 
 
 @pytest.mark.parametrize("parts", [2, 3])

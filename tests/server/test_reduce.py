@@ -1,4 +1,4 @@
-"""Row reductions: `exact` against autograd, `sketch` against the singular value decomposition."""
+"""Row reductions: what each is valid for, and `sketch` against the singular value decomposition."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_common.adapters import Adapter, Parameters, build
-from cola_common.adapters.lora import LoraAdapter
+from cola_common.adapters import Adapter, build
 from cola_common.families import Family, Head, Linear, Lora, Mlp
 from cola_server.reduce import exact, sketch
 
@@ -24,75 +23,6 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> N
     assert found.shape == wanted.shape
     error = torch.linalg.vector_norm(found.double() - wanted.double())
     assert error <= relative * torch.linalg.vector_norm(wanted.double())
-
-
-# --- exact ----------------------------------------------------------------------------------------------------------
-
-
-def shard(r: int, scale: float, seed: int, fresh: bool = False) -> tuple[LoraAdapter, Parameters]:
-    """At a site of widths 12 and 9."""
-    B_OR = torch.zeros(9, r) if fresh else normal(9, r, seed=seed + 1)
-    return LoraAdapter(Lora(r, scale), 12, 9), {"A": normal(r, 12, seed=seed), "B": B_OR}
-
-
-def by_autograd(adapter: LoraAdapter, parameters: Parameters, x_ND: torch.Tensor, g_NO: torch.Tensor) -> Parameters:
-    A_RD, B_OR = (parameters[name].double().requires_grad_() for name in ("A", "B"))
-    y_NO = adapter.scale * x_ND.double() @ (B_OR @ A_RD).T
-    of_A, of_B = torch.autograd.grad(y_NO, (A_RD, B_OR), g_NO.double())
-    return {"A": of_A, "B": of_B}
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 50])
-@pytest.mark.parametrize("r", [1, 3, 8])
-@pytest.mark.parametrize("fresh", [False, True], ids=["B", "B=0"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_is_the_gradient_of_ordinary_back_propagation(rows: int, r: int, fresh: bool, dtype: torch.dtype) -> None:
-    adapter, parameters = shard(r, 1.7, seed=5, fresh=fresh)
-    x_ND, g_NO = normal(rows, 12, seed=1).to(dtype), (normal(rows, 9, seed=2) * 1e-3).to(dtype)
-    found = exact.gradient(adapter, parameters, x_ND, g_NO)
-    wanted = by_autograd(adapter, parameters, x_ND, g_NO)
-    assert list(found) == ["A", "B"]
-    for name, value in wanted.items():
-        assert found[name].dtype == torch.float32
-        assert_near(found[name], value, 1e-5)
-
-
-@pytest.mark.parametrize("shards", [1, 2, 5])
-@pytest.mark.parametrize("rows", [0, 1, 50])
-@pytest.mark.parametrize("r", [1, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_shards_at_once_are_the_same_as_one_at_a_time(shards: int, rows: int, r: int, dtype: torch.dtype) -> None:
-    pairs = [shard(r, 0.5 + i, seed=10 * i, fresh=i == 1) for i in range(shards)]
-    adapters, parameters = [adapter for adapter, _ in pairs], [values for _, values in pairs]
-    x_JND, g_JNO = normal(shards, rows, 12, seed=1).to(dtype), normal(shards, rows, 9, seed=2).to(dtype)
-    found = exact.gradients(adapters, parameters, x_JND, g_JNO)
-    for i, (adapter, values) in enumerate(pairs):
-        alone = exact.gradient(adapter, values, x_JND[i], g_JNO[i])
-        assert list(found[i]) == list(alone)
-        for name, value in alone.items():
-            assert found[i][name].dtype == torch.float32 and found[i][name].is_contiguous()
-            # A single row's A·x can cancel: then what was added up bounds the rounding, and not the sum.
-            terms = [x_JND[i].float(), g_JNO[i].float(), values["B" if name == "A" else "A"]]
-            reach = adapter.scale * math.prod(float(torch.linalg.vector_norm(term)) for term in terms)
-            assert torch.linalg.vector_norm(found[i][name] - value) <= 1e-6 * value.norm() + 1e-7 * reach
-
-
-def test_shards_that_share_x_need_no_copies_of_it() -> None:
-    pairs = [shard(4, 2.0, seed=i) for i in range(3)]
-    x_ND, g_JNO = normal(20, 12), normal(3, 20, 9, seed=1)
-    found = exact.gradients([a for a, _ in pairs], [p for _, p in pairs], x_ND.expand(3, -1, -1), g_JNO)
-    for i, (adapter, values) in enumerate(pairs):
-        for name, value in adapter.vjp(values, x_ND, g_JNO[i]).items():
-            assert_near(found[i][name], value, 1e-6)
-
-
-def test_exact_gradients_of_batches_add_up() -> None:
-    adapter, parameters = shard(3, 1.0, seed=5)
-    x_ND, g_NO = normal(30, 12, seed=1), normal(30, 9, seed=2)
-    whole = exact.gradient(adapter, parameters, x_ND, g_NO)
-    parts = [exact.gradient(adapter, parameters, x_ND[i : i + 10], g_NO[i : i + 10]) for i in (0, 10, 20)]
-    for name, value in whole.items():
-        assert_near(torch.stack([part[name] for part in parts]).sum(0), value, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -280,3 +210,73 @@ def test_the_vjp_of_pseudo_rows_is_as_near_as_their_product(family: Family) -> N
         few_x, (few_g,) = sketch.pseudo_rows(x_ND, [g_NO], k=k, seed=0)
         for name, value in adapter.vjp(parameters, few_x, few_g).items():
             assert_near(value, wanted[name], relative)
+
+
+# --- how far off a sketch is ----------------------------------------------------------------------------------------
+
+SPECTRA = {
+    "flat": torch.ones(40),
+    "1/j": 1 / torch.arange(1, 41.0),
+    "1/j^2": torch.arange(1, 41.0) ** -2,
+    "0.8^j": 0.8 ** torch.arange(40),
+    "0.5^j": 0.5 ** torch.arange(16),
+    "a step": torch.where(torch.arange(40) < 12, 1.0, 0.05),
+    "one of a hundred": torch.where(torch.arange(40) < 1, 100.0, 1.0),
+}
+
+
+def estimated(x_ND: torch.Tensor, gs: Sequence[torch.Tensor], k: int, seed: int) -> tuple[float, float]:
+    """The estimate and the truth, of one sketch for all."""
+    few_x, few_gs = sketch.pseudo_rows(x_ND, gs, k=k, seed=seed)
+    matrix = torch.cat([product(x_ND, g_NO) for g_NO in gs])
+    left = torch.cat([product(few_x, few_g) for few_g in few_gs]) - matrix
+    true = float(torch.linalg.vector_norm(left) / torch.linalg.vector_norm(matrix))
+    return sketch.error(x_ND, gs, few_x.T, seed=seed), true
+
+
+@pytest.mark.parametrize("k", [4, 8, 24])
+@pytest.mark.parametrize("spectrum", list(SPECTRA.values()), ids=list(SPECTRA))
+def test_an_estimated_error_is_within_a_factor_of_2_of_the_true_one_and_right_in_the_mean(
+    spectrum: torch.Tensor, k: int
+) -> None:
+    x_ND, g_NO = with_spectrum(90, 64, 50, spectrum, seed=0)
+    squares = []
+    for seed in range(20):
+        guess, true = estimated(x_ND, [g_NO], k, seed)
+        assert true / 2 - 1e-6 <= guess <= 2 * true + 1e-6
+        squares.append((guess / true) ** 2 if true > 1e-6 else 1.0)
+    assert math.fsum(squares) / len(squares) == pytest.approx(1.0, abs=1 / 3)
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, 1.0), (1e-4, 1.0, 30.0), (30.0, 1e-10, 1.0)])
+def test_the_error_of_sites_that_share_x_is_that_of_their_whole_gradient(sizes: Sequence[float]) -> None:
+    x_ND = normal(90, 48) * 0.9 ** torch.arange(48)
+    gs = [size * normal(90, width, seed=width) for width, size in zip((40, 10, 25), sizes, strict=True)]
+    for seed in range(10):
+        guess, true = estimated(x_ND, gs, 16, seed)
+        assert true / 2 <= guess <= 2 * true
+
+
+def test_without_a_gradient_there_is_no_error() -> None:
+    assert sketch.error(normal(90, 24), [torch.zeros(90, 7)], torch.eye(24)[:, :4], seed=0) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [8, 24])
+@pytest.mark.parametrize("name", list(SPECTRA))
+def test_a_sketch_further_off_than_it_may_be_is_no_sketch_and_another_is_the_same_as_without_a_limit(
+    name: str, k: int, dtype: torch.dtype
+) -> None:
+    x_ND, g_NO = (values.to(dtype) for values in with_spectrum(90, 64, 50, SPECTRA[name], seed=0))
+    plain = sketch.pseudo_rows(x_ND, [g_NO], k=k, seed=3)
+    found = sketch.error(x_ND.float(), [g_NO.float()], plain[0].T, seed=3)
+    loose = sketch.pseudo_rows(x_ND, [g_NO], k=k, seed=3, max_error=found * 1.01)
+    assert torch.equal(loose[0], plain[0]) and torch.equal(loose[1][0], plain[1][0])
+    strict = sketch.pseudo_rows(x_ND, [g_NO], k=k, seed=3, max_error=found * 0.99)
+    assert torch.equal(strict[0], x_ND.float()) and torch.equal(strict[1][0], g_NO.float())
+
+
+def test_up_to_k_rows_go_as_they_are_whatever_the_limit() -> None:
+    x_ND, g_NO = normal(8, 12), normal(8, 9, seed=1)
+    few_x, (few_g,) = sketch.pseudo_rows(x_ND, [g_NO], k=8, seed=0, max_error=1e-30)
+    assert few_x is x_ND and few_g is g_NO

@@ -13,6 +13,7 @@ from cola_common.jobs import Checkpoint, Estimate, JobSpec, JobStatus, ModelCard
 from cola_server.jobs import Artefacts, JobService, JobStore
 from cola_server.tenants import Quota, Quotas
 from tests.support.databases import new_store, url_of
+from tests.support.wires import wire
 
 TEXTS = [{"text": "a"}, {"text": "b"}]
 LABELLED = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
@@ -50,7 +51,7 @@ class FakeCatalogue:
     def estimate(self, spec, examples, labels):
         self.estimated.append((spec, examples, labels))
         counts = {name: 1 for name, field in Estimate.model_fields.items() if field.annotation is int}
-        return Estimate(**{**counts, "examples": examples}, seconds=None)
+        return Estimate(**{**counts, "examples": examples}, seconds=None, wire_plan=wire())
 
 
 class FakeScheduler:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import LoraAdapter
-from cola_server.model import BaseModel, BatchResult, JobAdapter, JobBatch, Site, evaluate, probe, train
+from cola_server.model import BaseModel, BatchResult, Captured, JobAdapter, JobBatch, evaluate, probe, train
 from tests.support.models import VOCABULARY, base_of, tiny
 
 
@@ -17,8 +17,8 @@ class Sink:
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
 
-    def capture(self, site: Site, call: int, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None) -> None:
-        self.seen.append((site.name, call))
+    def capture(self, captured: Captured) -> None:
+        self.seen.append((captured.site.name, captured.call))
 
     def finish(self) -> None:
         pass

@@ -29,6 +29,7 @@ from cola_server.jobs import JobStore
 from cola_server.jobs.database import MIGRATIONS, RESERVE_BYTES, Database
 from cola_server.jobs.tables import Table
 from tests.support.databases import new_store, url_of
+from tests.support.wires import wire
 
 
 @pytest.fixture
@@ -348,6 +349,33 @@ def test_a_new_epoch_takes_the_job_back_to_its_step_and_leaves_its_history(store
     assert len(store.events(job)) == 3
     assert store.begin_epoch(job) == 2
     assert (store.job(job).step, store.job(job).trained_tokens) == (0, 0)
+
+
+def test_what_travels_is_that_of_the_newest_epoch_and_survives_a_restart(store, url):
+    job = make_job(store).id
+    assert store.job(job).wire_plan is None
+    first = wire("sketch", "int8", "bf16", sketch_rows=64, max_error=0.1)
+    odd = first.model_copy(update={"error": 0.1 + 0.2, "max_error": 5e-324, "reason": "é 'quoted' \n"})
+    for epoch, plan in enumerate([first, odd, wire("exact"), odd], start=1):
+        assert store.begin_epoch(job, wire_plan=plan) == epoch
+        assert store.job(job).wire_plan == plan
+        assert [each.wire_plan for each in store.jobs()] == [plan]
+    store.close()
+    again = JobStore(url, create=False)
+    assert again.job(job).wire_plan == odd
+    assert again.begin_epoch(job) == 5
+    assert again.job(job).wire_plan is None
+    again.close()
+
+
+def test_a_step_of_a_repeated_epoch_overwrites_what_the_wire_made_of_it(store):
+    job = make_job(store).id
+    of_rows = {"rows": 100, "sent_rows": 100, "raw_bytes": 2**40, "raw_delta_bytes": 2**33, "reduce_seconds": 0.0}
+    of_gradient = {**of_rows, "sent_rows": 8, "reduce_seconds": 0.1 + 0.2, "decode_seconds": 5e-324}
+    record_step(store, job, metrics(1, epoch=1, **of_rows))
+    store.begin_epoch(job, wire_plan=wire("exact"))
+    record_step(store, job, metrics(1, epoch=2, **of_gradient))
+    assert store.metrics(job) == [metrics(1, epoch=2, **of_gradient)]
 
 
 # --- files and checkpoints ------------------------------------------------------------------------------------------
@@ -671,6 +699,19 @@ def test_what_is_older_than_tenants_is_the_default_tenants_and_its_keys_find_it(
     assert [event.message for event in mine.events(job.id)] == ["An event."]
     assert mine.checkpoint(kept.id) == kept
     assert store.of("other").jobs() == []
+    store.close()
+
+
+def test_what_is_older_than_wire_plans_has_none_and_its_steps_have_zeros(url):
+    store = JobStore(url, create=True)
+    job = make_job(store).id
+    store.begin_epoch(job, wire_plan=wire())
+    record_step(store, job, metrics(3))
+    downgrade(store, "0004")
+    store = JobStore(url, create=False)
+    assert store.job(job).wire_plan is None
+    new = dict.fromkeys(("rows", "sent_rows", "raw_bytes", "raw_delta_bytes", "reduce_seconds", "decode_seconds"), 0)
+    assert store.metrics(job) == [metrics(3, **new)]
     store.close()
 
 

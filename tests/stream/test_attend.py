@@ -231,7 +231,7 @@ async def test_a_worker_that_the_server_drains_is_asked_to_leave_and_then_let_go
         assert fleet.drain(WORKER).status == "draining"
         while not isinstance(await stream.receive(), Drain):
             pass
-        assert fleet.ends.empty() and fleet.candidates(job="job", values="fp32") == []
+        assert fleet.ends.empty() and fleet.candidates(job="job") == []
         await stream.send(Draining())
         assert isinstance(await drained(stream), StreamFinished)
         await fleet.ends.get()

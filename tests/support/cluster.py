@@ -153,13 +153,20 @@ class Cluster:
         )
 
     def start_worker(
-        self, name: str, flags: Sequence[str] = (), *, via: str = "", failpoint: str = "", faulty: bool = False
+        self,
+        name: str,
+        flags: Sequence[str] = (),
+        *,
+        via: str = "",
+        failpoint: str = "",
+        faulty: bool = False,
+        plain: bool = False,
     ) -> Daemon:
         """Starts a worker with a data folder of that name, which reaches the server at `via` if that is given. A
-        `faulty` one does what `misbehave` asks it to.
+        `faulty` one does what `misbehave` asks it to, a `plain` one knows no reductions and few codecs.
         """
         worker = Daemon(
-            "tests.support.faulty_worker" if faulty else "cola_worker",
+            "tests.support.faulty_worker" if faulty else "tests.support.plain_worker" if plain else "cola_worker",
             [f"--server={via or self.address}", f"--data-dir={self.root / name}", *flags],
             self.root / f"{name}.log",
             env={"COLA_FAILPOINT": failpoint},

@@ -59,7 +59,7 @@ class FaultyTrainer(Trainer):
             return [last]
         answers = super().handle(message)
         if "honest" not in faults:
-            answers = [replace(a, worker_seconds=self.said[a.job]) if isinstance(a, Delta) else a for a in answers]
+            answers = [_claiming(a, self.said) for a in answers]
         return [sent for answer in answers for sent in _sent(answer, faults)]
 
 
@@ -94,6 +94,12 @@ def _ignored(ack: Ack, last: Delta) -> bool:
     known = step in _deaf_to or step != (last.job, last.epoch, last.step)
     _deaf_to.add(step)
     return known
+
+
+def _claiming(answer: ToServer, said: dict[str, float]) -> ToServer:
+    if not isinstance(answer, Delta):
+        return answer
+    return replace(answer, worker_seconds=said[answer.job], decode_seconds=0.0)
 
 
 def _sent(answer: ToServer, faults: list[str]) -> list[ToServer]:

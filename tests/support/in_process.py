@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from cola_common.jobs import WirePlan
 from cola_common.messages import (
     Ack,
     Assign,
@@ -30,9 +31,12 @@ from cola_common.messages import (
 from cola_common.tensor import encode
 from cola_server.model import BaseModel, BatchResult, JobAdapter, JobBatch, Mean, Merging, Site, train
 from cola_server.training.captures import CapturePacker
+from cola_server.training.traffic import rows_of
 from cola_worker.shards import Shards
 from cola_worker.trainer import ToTrainer, Trainer
+from tests.support.wires import wire
 
+ALL = wire()
 JOB = "ftjob-0123456789abcdef01234567"
 EPOCH = 1
 
@@ -64,17 +68,23 @@ class InProcess:
         folder: Path,
         *,
         owners: Mapping[int, str] | None = None,
-        values: str = "fp32",
+        travels: WirePlan = ALL,
         fold: str = "unmerged",
         mean: Mean | None = None,
+        seed: int = 0,
     ) -> None:
         self.base = base
         self.mean = mean
         self.adapter = adapter
         self.owners = dict(owners) if owners is not None else dict.fromkeys(range(len(sites)), "only")
         self.norms: list[float] = []
+        self.bytes = 0
+        """Of captures, so far."""
+        self._sent: Sequence[Calls] = ()
         self._plan = plan
-        self._values = values
+        self._seed = seed
+        self._sites = sites
+        self._wires = dict.fromkeys(self.owners.values(), travels)
         self._merging = Merging(base, adapter) if fold == "merged" else None
         self._step = 0
         self._batch = 0
@@ -89,9 +99,13 @@ class InProcess:
                 epoch=EPOCH,
                 step=0,
                 plan=plan,
-                values=values,
+                values=travels.values,
+                deltas=travels.deltas,
                 max_rows=4096,
-                shards=tuple(ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group) for s in mine),
+                shards=tuple(
+                    ShardPlan(s.index, s.name, s.family, s.d_in, s.d_out, s.group, rows_of(s, travels.rows))
+                    for s in mine
+                ),
                 digests=(),
                 names=names,
                 tensors=tuple(encode(state[index][name], "fp32") for index, name in names),
@@ -121,7 +135,7 @@ class InProcess:
             results.append(result)
             closes = len(batches) if number + 1 == len(batches) else 0
             for worker, trainer in self._trainers.items():
-                mine = tuple(calls for calls in result.calls if self.owners[calls.index] == worker)
+                mine = tuple(calls for calls in self._sent if self.owners[calls.index] == worker)
                 end = StepEnd(JOB, EPOCH, self._batch, self._step, closes, mine)
                 self._answers[worker] = _handle(trainer, end)
             self._batch += 1
@@ -146,7 +160,9 @@ class InProcess:
             epoch=EPOCH,
             batch=self._batch,
             step=self._step,
-            values=self._values,
+            seed=self._seed,
+            sites=self._sites,
+            wires=self._wires,
             owners=self.owners,
             emit=emit,
         )
@@ -167,6 +183,8 @@ class InProcess:
             ],
         )
         packer.finish()
+        self._sent = packer.sent_calls(result.calls)
+        self.bytes += sum(packer.sent.values())
         return result
 
     def _fold(self, deltas: Mapping[str, Delta]) -> None:

@@ -15,6 +15,7 @@ from cola_common.rpc.channels import connect
 from cola_common.rpc.duplex import StreamEnded
 from cola_common.rpc.fleet import attend
 from cola_common.tensor import CODECS
+from cola_worker.expected import REDUCTIONS
 from cola_worker.shards import Shards
 from cola_worker.trainer import Trainer
 
@@ -64,6 +65,7 @@ class Rogue:
                 capacity=Capacity(cores=64, memory_bytes=1 << 40, device="cpu", gflops=1e9),
                 codecs=CODECS,
                 owned=(),
+                reductions=REDUCTIONS,
             )
             await stream.send(hello)
             trainer = Trainer(Shards(self._folder))

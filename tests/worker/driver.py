@@ -33,7 +33,7 @@ from cola_common.messages import (
     StepEnd,
     ToServer,
 )
-from cola_common.tensor import decode, digest, encode
+from cola_common.tensor import decode, decode_parameter, digest, encode, encode_parameter
 from cola_worker.trainer import Trainer
 
 T = TypeVar("T")
@@ -58,12 +58,12 @@ PLAN = OptimizerPlan(
 )
 
 
-def shard_plans(family: Family) -> tuple[ShardPlan, ...]:
+def shard_plans(family: Family, rows: str = "all") -> tuple[ShardPlan, ...]:
     """Two sites that share their input, and a third of other widths."""
     return (
-        ShardPlan(index=0, site="layers.0.q", family=family, d_in=6, d_out=5, group=0),
-        ShardPlan(index=1, site="layers.0.k", family=family, d_in=6, d_out=4, group=0),
-        ShardPlan(index=2, site="layers.0.o", family=family, d_in=5, d_out=6, group=1),
+        ShardPlan(index=0, site="layers.0.q", family=family, d_in=6, d_out=5, group=0, rows=rows),
+        ShardPlan(index=1, site="layers.0.k", family=family, d_in=6, d_out=4, group=0, rows=rows),
+        ShardPlan(index=2, site="layers.0.o", family=family, d_in=5, d_out=6, group=1, rows=rows),
     )
 
 
@@ -121,6 +121,7 @@ class Driver:
     parameters: dict[int, Parameters]
     values: str = "fp32"
     max_rows: int = 64
+    deltas: str = "fp32"
     job: str = field(default_factory=lambda: ids.new("ftjob"))
     epoch: int = 1
     step: int = 0
@@ -131,9 +132,15 @@ class Driver:
 
     @classmethod
     def of(
-        cls, plan: OptimizerPlan, plans: tuple[ShardPlan, ...], *trainers: Trainer, values: str = "fp32"
+        cls,
+        plan: OptimizerPlan,
+        plans: tuple[ShardPlan, ...],
+        *trainers: Trainer,
+        values: str = "fp32",
+        deltas: str = "fp32",
     ) -> "Driver":
-        return cls(plan, plans, trainers, dealt(plans, len(trainers)), parameters_of(plans), values)
+        owners = dealt(plans, len(trainers))
+        return cls(plan, plans, trainers, owners, parameters_of(plans), values, deltas=deltas)
 
     def assign(self, *, owned: Collection[int] = ()) -> None:
         """The next epoch's assignment; of `owned` shards the optimizer state is not sent."""
@@ -161,6 +168,7 @@ class Driver:
             digests=tuple((p.index, start.digests[p.index]) for p in mine) if start else (),
             names=(*names, *state),
             tensors=(*(encode(self.parameters[index][name], "fp32") for index, name in names), *state.values()),
+            deltas=self.deltas,
         )
 
     def snapshot(self) -> list[Snapshot]:
@@ -223,27 +231,36 @@ class Driver:
         return answers
 
     def captures(self, batch: Sequence[Call], worker: int = 0) -> list[Capture]:
-        """A frame for each call, with its x where the worker lacks it."""
-        groups = {p.index: p.group for p in self.plans}
+        """A frame for each call: a g with its x where the worker lacks it, or the gradient that they make."""
+        shards = {p.index: p for p in self.plans}
         sent: set[tuple[int, int]] = set()
         frames = []
         for call in batch:
             if self.owners[call.index] != worker:
                 continue
-            parts, tensors = [Part("g", call.index, call.call)], [encode(call.g_NO, self.values)]
-            key = (groups[call.index], call.call)
-            if key not in sent:  # behind its g in the frame: the order within a frame is free
-                parts.append(Part("x", *key))
-                tensors.append(encode(call.x_ND, self.values))
-                sent.add(key)
+            shard = shards[call.index]
+            key = (shard.group, call.call)
+            if shard.rows == "exact":
+                made = build(shard.family, shard.d_in, shard.d_out).vjp(
+                    self.parameters[call.index], call.x_ND, call.g_NO
+                )
+                parts = [Part("w", call.index, call.call, name) for name in reversed(made)]  # their order is free
+                tensors = [encode_parameter(made[part.name], self.values) for part in parts]
+            else:
+                parts, tensors = [Part("g", call.index, call.call)], [encode(call.g_NO, self.values)]
+                if key not in sent:  # behind its g in the frame: the order within a frame is free
+                    parts.append(Part("x", *key))
+                    tensors.append(encode(call.x_ND, self.values))
+                    sent.add(key)
             self.captured += sum(t.nbytes for t in tensors)
             frames.append(Capture(self.job, self.epoch, self.batch, tuple(parts), tuple(tensors)))
         return frames
 
     def step_end(self, batch: Sequence[Call], batches: int, worker: int = 0) -> StepEnd:
         mine = [c for c in batch if self.owners[c.index] == worker]
+        exact = {p.index for p in self.plans if p.rows == "exact"}
         calls = tuple(
-            Calls(i, sum(c.index == i for c in mine), sum(len(c.x_ND) for c in mine if c.index == i))
+            Calls(i, sum(c.index == i for c in mine), sum(len(c.x_ND) for c in mine if c.index == i and i not in exact))
             for i in sorted({c.index for c in mine})
         )
         return StepEnd(self.job, self.epoch, self.batch, self.step, batches, calls)
@@ -259,7 +276,9 @@ class Driver:
             for index, named in of_shard.items():
                 tensors = [delta.tensors[at] for _, at in named]
                 for (name, _), tensor in zip(named, tensors, strict=True):
-                    self.parameters[index][name] += decode(tensor)
+                    assert tensor.codec == self.deltas
+                    parameter = self.parameters[index][name]
+                    parameter += decode_parameter(tensor, tuple(parameter.shape))
                 self.digests[index] = digest.chain(self.digests[index], [name for name, _ in named], tensors)
             ack = Ack(self.job, self.epoch, self.step, self.digest(worker))
             assert ack.digest == delta.digest

@@ -8,8 +8,8 @@ import pytest
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Assign, Capture, EncodedTensor, Part, ShardPlan
 from cola_common.tensor import CODECS, nbytes
-from cola_worker.expected import MAX_CALLS, Admission
-from tests.worker.driver import FAMILIES, PLAN, Driver, parameters_of, shard_plans
+from cola_worker.expected import MAX_CALLS, Admission, Expected
+from tests.worker.driver import FAMILIES, PLAN, Driver, parameters_of, random_batch, shard_plans
 
 WINDOW = 1 << 20
 
@@ -25,8 +25,8 @@ def with_state(assign: Assign, *entries: tuple[int, str, EncodedTensor]) -> Assi
     return replace(assign, names=assign.names + names, tensors=assign.tensors + tuple(t for *_, t in entries))
 
 
-def assignment(family: str = "lora", values: str = "bf16", max_rows: int = 64) -> Assign:
-    plans = shard_plans(FAMILIES[family])
+def assignment(family: str = "lora", values: str = "bf16", max_rows: int = 64, rows: str = "all") -> Assign:
+    plans = shard_plans(FAMILIES[family], rows)
     driver = Driver(PLAN, plans, [], {p.index: 0 for p in plans}, parameters_of(plans), values, max_rows)
     assign = driver.assignment()
     return replace(assign, tensors=tuple(replace(t, data=b"") for t in assign.tensors))
@@ -52,8 +52,9 @@ X, G = Part("x", 0, 0), Part("g", 1, 0)  # widths 6 and 4
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("values", CODECS)
 @pytest.mark.parametrize("rows", [0, 1, 64])
-def test_what_was_assigned_is_admitted(family: str, values: str, rows: int) -> None:
-    assign, judge = assignment(family, values), admission()
+@pytest.mark.parametrize("reduced", ["all", "sketch"])
+def test_what_was_assigned_is_admitted(family: str, values: str, rows: int, reduced: str) -> None:
+    assign, judge = assignment(family, values, rows=reduced), admission()
     judge.admit(assign)
     judge.admit(capture(assign, [X, G], header(values, rows, 6), header(values, rows, 4)))
 
@@ -117,6 +118,133 @@ def test_a_frame_is_bounded_by_the_window_and_one_tensor() -> None:
             assert refused(judge, message) == Reason.PROTOCOL_VIOLATION
 
 
+# --- gradients in place of rows ---------------------------------------------------------------------------------------
+
+
+def mixed(values: str = "bf16") -> Assign:
+    """Of two shards with one input, the first is sent gradients and the second rows."""
+    assign = assignment(values=values)
+    first, *others = assign.shards
+    return replace(assign, shards=(replace(first, rows="exact"), *others))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("values", CODECS)
+@pytest.mark.parametrize("call", [0, MAX_CALLS - 1])
+def test_gradients_of_exact_shards_are_admitted(family: str, values: str, call: int) -> None:
+    plans, judge = shard_plans(FAMILIES[family], "exact"), admission()
+    driver = Driver(PLAN, plans, [], dict.fromkeys(range(3), 0), parameters_of(plans), values)
+    judge.admit(driver.assignment())
+    batch = [replace(c, call=call) for c in random_batch(plans, 1)]
+    frames = driver.captures(batch)
+    assert {part.kind for frame in frames for part in frame.parts} == {"w"}
+    for frame in frames:
+        judge.admit(frame)
+
+
+A, B = Part("w", 1, 0, "A"), Part("w", 1, 0, "B")  # 3×6 and 4×3
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        (replace(A, name="C"), header("bf16", 3, 6)),
+        (replace(A, name=""), header("bf16", 3, 6)),
+        (replace(A, name="A.exp_avg"), header("bf16", 3, 6)),
+        (replace(A, name="B"), header("bf16", 3, 6)),
+        (A, header("bf16", 3, 7)),
+        (A, header("bf16", 6, 3)),
+        (A, header("bf16", 1, 3, 6)),
+        (A, header("bf16", 18)),
+        (A, header("bf16")),
+        (A, header("bf16", 1 << 40, 6)),
+        (A, header("bf16", 3, 6, size=35)),
+        (A, header("bf16", 3, 6, size=1 << 40)),
+        (A, header("fp32", 3, 6)),
+        (A, EncodedTensor("zip", (3, 6), 0, 36, 0, b"")),
+        (replace(A, index=3), header("bf16", 3, 6)),
+        (replace(A, index=-1), header("bf16", 3, 6)),
+        (replace(A, call=-1), header("bf16", 3, 6)),
+        (replace(A, call=MAX_CALLS), header("bf16", 3, 6)),
+        (replace(A, kind="x"), header("bf16", 3, 6)),
+        (Part("g", 1, 0), header("bf16", 9, 4)),
+        (Part("g", 1, 0), header("bf16", 3, 6)),
+        (Part("x", 0, 0), header("bf16", 9, 6)),
+    ],
+    ids=str,
+)
+def test_another_gradient_and_rows_in_its_place_are_not_admitted(part: Part, tensor: EncodedTensor) -> None:
+    assign, judge = assignment(rows="exact"), admission()
+    judge.admit(assign)
+    assert refused(judge, capture(assign, [part], tensor)) == Reason.PROTOCOL_VIOLATION
+    judge.admit(capture(assign, [A, B], header("bf16", 3, 6), header("bf16", 4, 3)))
+
+
+def test_a_gradient_in_place_of_rows_is_not_admitted() -> None:
+    for rows in ("all", "sketch"):
+        assign, judge = assignment(rows=rows), admission()
+        judge.admit(assign)
+        assert refused(judge, capture(assign, [A], header("bf16", 3, 6))) == Reason.PROTOCOL_VIOLATION
+
+
+def test_a_matrix_that_int8_lays_down_is_admitted_lying_and_not_standing() -> None:
+    assign, judge = assignment(values="int8", rows="exact"), admission()
+    judge.admit(assign)
+    judge.admit(capture(assign, [A, B], header("int8", 3, 6), header("int8", 3, 4)))
+    assert refused(judge, capture(assign, [B], header("int8", 4, 3))) == Reason.PROTOCOL_VIOLATION
+
+
+def test_shards_of_one_input_may_be_sent_different_things() -> None:
+    assign, judge = mixed(), admission()
+    judge.admit(assign)
+    judge.admit(
+        capture(assign, [Part("w", 0, 0, "A"), Part("w", 0, 0, "B")], header("bf16", 3, 6), header("bf16", 5, 3))
+    )
+    judge.admit(capture(assign, [X, G], header("bf16", 9, 6), header("bf16", 9, 4)))
+    for part, tensor in ((Part("g", 0, 0), header("bf16", 9, 5)), (A, header("bf16", 3, 6))):
+        assert refused(judge, capture(assign, [part], tensor)) == Reason.PROTOCOL_VIOLATION
+
+
+def test_one_gradient_twice_in_a_frame_is_not_admitted() -> None:
+    assign, judge = assignment(rows="exact"), admission()
+    judge.admit(assign)
+    message = capture(assign, [A, A], header("bf16", 3, 6), header("bf16", 3, 6))
+    assert refused(judge, message) == Reason.PROTOCOL_VIOLATION
+
+
+@pytest.mark.parametrize(
+    ("assign", "largest"),
+    [
+        (assignment(max_rows=100), 100 * 6 * 2),
+        (assignment(max_rows=100, values="int8"), 100 * (6 + 4)),
+        (assignment(max_rows=1 << 40, rows="exact"), 3 * 6 * 2),  # rows, of which none come, do not count
+        (assignment(max_rows=1 << 40, rows="exact", values="int8"), 3 * 6 + 3 * 4),
+        (assignment(max_rows=1, rows="exact", family="linear"), 6 * 5 * 2),
+        (replace(mixed(), max_rows=100), 100 * 6 * 2),
+        (replace(mixed(), max_rows=2), 3 * 6 * 2),
+        (replace(assignment(), shards=(), names=(), tensors=()), 0),
+    ],
+    ids=["rows", "int8", "gradients", "int8 gradients", "linear", "mixed", "mixed, few rows", "nothing"],
+)
+def test_the_largest_tensor_is_known_from_the_assignment_and_bounds_a_frame(assign: Assign, largest: int) -> None:
+    assert Expected(assign).largest_bytes == largest
+
+
+def test_a_frame_of_gradients_is_bounded_by_the_window_and_one_of_them() -> None:
+    assign, judge = assignment(max_rows=1 << 40, rows="exact"), admission(window=100)
+    judge.admit(assign)
+    gradient = header("bf16", 3, 6)  # 36 bytes
+    for count in range(1, 6):
+        message = capture(assign, [replace(A, call=call) for call in range(count)], *[gradient] * count)
+        if count * 36 <= 136:
+            judge.admit(message)
+        else:
+            assert refused(judge, message) == Reason.PROTOCOL_VIOLATION
+
+
+# --- epochs and state -------------------------------------------------------------------------------------------------
+
+
 def test_captures_of_another_epoch_or_job_are_stale_and_not_read() -> None:
     first, judge = assignment(), admission()
     x = header("bf16", 9, 6)
@@ -138,6 +266,7 @@ MOMENTS = (
     (0, "A.exp_avg", header("fp32", 3, 6)),
     (0, "A.exp_avg_sq", header("fp32", 3, 6)),
     (2, "B.momentum_buffer", header("fp32", 6, 3)),
+    (2, "B.remainder", header("fp32", 6, 3)),
 )
 
 
@@ -160,6 +289,10 @@ def wrong_assignments() -> dict[str, Assign]:
     return {
         "no job id": replace(good, job="../../etc"),
         "unknown codec": replace(good, values="int3"),
+        "unknown codec of deltas": replace(good, deltas="int3"),
+        "no codec of deltas": replace(good, deltas=""),
+        "unknown rows": replace(good, shards=(replace(shards[0], rows="some"), *shards[1:])),
+        "no rows": replace(good, shards=(replace(shards[0], rows=""), *shards[1:])),
         "a parameter too few": replace(good, names=good.names[:-1], tensors=good.tensors[:-1]),
         "a name too few": replace(good, names=good.names[:-1]),
         "order": replace(good, names=swapped),

@@ -73,7 +73,8 @@ async def train_step(stream: Stream, driver: Driver, seed: int) -> Delta:
     await stream.send(driver.step_end(batch, 1))
     delta = await until(stream, Delta)
     (expected,) = driver.train([batch])
-    assert replace(delta, worker_seconds=0, tensors=()) == replace(expected, worker_seconds=0, tensors=())
+    untimed = {"worker_seconds": 0.0, "decode_seconds": 0.0, "tensors": ()}
+    assert replace(delta, **untimed) == replace(expected, **untimed)  # type: ignore[arg-type]
     for ours, theirs in zip(delta.tensors, expected.tensors, strict=True):
         assert (bytes(ours.data), ours.checksum) == (bytes(theirs.data), theirs.checksum)
     await stream.send(Ack(driver.job, driver.epoch, delta.step, delta.digest))
@@ -108,6 +109,32 @@ async def test_what_goes_over_the_stream_is_what_the_trainer_does(
         session = await attend(address, tmp_path / "worker")
     assert session.welcomed
     assert not session.draining
+    assert driver.step == 3
+
+
+@pytest.mark.parametrize("rows", ["all", "exact"])
+@pytest.mark.parametrize(("values", "deltas"), [("int8", "int8"), ("fp16", "int4"), ("fp32", "bf16")])
+async def test_gradients_and_coded_deltas_go_over_the_stream(
+    rows: str, values: str, deltas: str, tmp_path: Path
+) -> None:
+    plans, theirs = shard_plans(FAMILIES["lora"], rows), Trainer(Shards(tmp_path / "driver"))
+    driver = Driver.of(ADAMW, plans, theirs, values=values, deltas=deltas)
+    driver.assign()
+
+    async def script(stream: Stream) -> None:
+        await welcome(stream)
+        await stream.send(driver.assignment())
+        for step in range(2):
+            assert {tensor.codec for tensor in (await train_step(stream, driver, step)).tensors} == {deltas}
+        await take_snapshot(stream, driver)
+        driver.snapshot()
+        driver.go_on()
+        await stream.send(driver.assignment())  # with all that its snapshot holds
+        await train_step(stream, driver, 2)
+        await stream.goodbye("done")
+
+    async with serving(script) as address:
+        await attend(address, tmp_path / "worker")
     assert driver.step == 3
 
 

@@ -65,16 +65,19 @@ WAYS: dict[str, Way] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "rows", "deltas"),
+    [*((family, "all", "fp32") for family in FAMILIES), ("lora", "exact", "int8"), ("mlp", "all", "int4")],
+)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("after", [0, 3])
 def test_going_on_from_a_snapshot_gives_the_bits_of_going_on(
-    family: str, plan: str, way: str, after: int, tmp_path: Path
+    family: str, rows: str, deltas: str, plan: str, way: str, after: int, tmp_path: Path
 ) -> None:
-    plans = shard_plans(FAMILIES[family])
-    undisturbed = Driver.of(PLANS[plan], plans, Trainer(Shards(tmp_path / "undisturbed")))
-    driver = Driver.of(PLANS[plan], plans, Trainer(Shards(tmp_path / "shards")))
+    plans = shard_plans(FAMILIES[family], rows)
+    undisturbed = Driver.of(PLANS[plan], plans, Trainer(Shards(tmp_path / "undisturbed")), deltas=deltas)
+    driver = Driver.of(PLANS[plan], plans, Trainer(Shards(tmp_path / "shards")), deltas=deltas)
     undisturbed.assign()
     train(undisturbed, range(6))
     driver.assign()

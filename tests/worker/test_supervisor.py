@@ -98,6 +98,7 @@ async def test_a_worker_comes_again_as_itself(end: str, tmp_path: Path) -> None:
         capacity=CAPACITY,
         codecs=CODECS,
         owned=(),
+        reductions=("all", "exact", "sketch"),
     )
     assert hellos == [expected] * (1 if end == "no welcome" else 3)
 

@@ -101,6 +101,23 @@ def test_every_codec_is_understood_and_its_bytes_are_credited(values: str, train
     assert driver.credited == driver.captured > 0
 
 
+@pytest.mark.parametrize("deltas", CODECS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", ["sgd", "adamw"])
+def test_both_sides_hold_the_same_bits_in_every_codec_of_deltas(
+    deltas: str, family: str, plan: str, trainer: Trainer
+) -> None:
+    driver = Driver.of(changed(PLANS[plan], max_grad_norm=0.7), shard_plans(FAMILIES[family]), trainer, deltas=deltas)
+    driver.assign()
+    for step in range(3):
+        (delta,) = driver.train([random_batch(driver.plans, step)])  # the digests of each step are compared in it
+        assert {tensor.codec for tensor in delta.tensors} == {deltas}
+    (half,) = driver.snapshot()  # and here those of the whole state, with the server's parameters
+    owed = {(index, name) for index, of_shard in driver.parameters.items() for name in of_shard}
+    owing = {(index, entry.removesuffix(".remainder")) for index, entry in half.names if entry.endswith(".remainder")}
+    assert owing == (set() if deltas == "fp32" else owed)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_shard_that_was_not_called_is_not_stepped(plan: str, trainer: Trainer) -> None:
     driver = Driver.of(PLANS[plan], shard_plans(FAMILIES["lora"]), trainer)
@@ -150,14 +167,18 @@ def test_jobs_do_not_touch_each_other(trainer: Trainer, tmp_path: Path) -> None:
     assert all(torch.equal(alone.parameters[i][n], one.parameters[i][n]) for i in (0, 1, 2) for n in ("A", "B"))
 
 
-def test_worker_seconds_are_those_of_one_step(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_those_of_one_step_and_of_them_those_that_read_captures(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # whatever is timed takes one second
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # from one look at it to the next: a second
     driver = Driver.of(changed(max_grad_norm=1.0), shard_plans(FAMILIES["lora"]), trainer)
     driver.assign()
-    seconds = [driver.train([random_batch(driver.plans, s)])[0].worker_seconds for s in range(3)]
+    deltas = [driver.train([random_batch(driver.plans, s)])[0] for s in range(3)]
     captures, others = len(driver.plans), 3  # the batch's end with the norms, the clipping, the optimizer
-    assert seconds == [captures + others] * 3
+    assert [delta.decode_seconds for delta in deltas] == [captures] * 3
+    # Of a capture, one second before it is read, one in which it is, and one behind.
+    assert [delta.worker_seconds for delta in deltas] == [3 * captures + others] * 3
 
 
 def test_a_site_of_a_shared_input_may_be_left_out_of_a_batch(trainer: Trainer) -> None:
@@ -488,6 +509,8 @@ def test_a_gradient_that_is_not_finite_is_refused_with_its_site(family: str, tra
 
 WRONG_ASSIGNMENTS: dict[str, dict[str, object]] = {
     "codec": {"values": "fp7"},
+    "codec of deltas": {"deltas": "fp7"},
+    "rows": {"shards": shard_plans(FAMILIES["lora"], "some")},
     "optimizer": {"plan": replace(PLAN, optimizer="lion")},
     "job": {"job": "../../etc"},
 }

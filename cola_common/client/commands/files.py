@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from cola_common.client.commands.session import Session, connected
+from cola_common.client.details import file_details
 from cola_common.client.files import Purpose
 from cola_common.client.quantities import bytes_text
-from cola_common.client.tables import FILES, file_details
+from cola_common.client.tables import FILES
 
 app = typer.Typer(help="Upload, list, read and delete files.", no_args_is_help=True)
 

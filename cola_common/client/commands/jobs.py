@@ -9,8 +9,9 @@ from cola_common import ids
 from cola_common.client.commands.session import Session, connected
 from cola_common.client.commands.specs import with_fields
 from cola_common.client.connection import part_key
+from cola_common.client.details import estimate_details, job_details
 from cola_common.client.plot import plot as draw
-from cola_common.client.tables import EVENTS, JOBS, METRICS, estimate_details, job_details
+from cola_common.client.tables import EVENTS, JOBS, METRICS, TRAFFIC
 from cola_common.client.watch import watch as show
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import Job, JobStatus
@@ -95,6 +96,7 @@ def list_(
         session.page(JOBS, jobs.list(after=after, limit=limit), none="No jobs.")
 
 
+@app.command("get", hidden=True)  # the word that some look for
 @app.command()
 @connected
 def retrieve(session: Session, job: JobId) -> None:
@@ -174,10 +176,12 @@ def metrics(
     job: JobId,
     after_step: Annotated[int, typer.Option(min=0, help="Only later steps.")] = 0,
     last: Annotated[int | None, typer.Option(min=1, help="Only so many of the last steps.")] = None,
+    wire: Annotated[bool, typer.Option("--wire", help="What travelled, what that saved, and its time.")] = False,
 ) -> None:
     """Show what each step gave and cost."""
     records = session.client.fine_tuning.jobs.metrics(job, after_step=after_step)
-    session.many(METRICS, records if last is None else records[-last:], none="No steps yet.")
+    shown = records if last is None else records[-last:]
+    session.many(TRAFFIC if wire else METRICS, shown, none="No steps yet.", gap=1 if wire else 2)
 
 
 @app.command()

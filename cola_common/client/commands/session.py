@@ -106,13 +106,13 @@ class Session:
         else:
             self.console.print(view)
 
-    def many(self, columns: Sequence[Column[R]], records: Iterable[R], *, none: str) -> None:
+    def many(self, columns: Sequence[Column[R]], records: Iterable[R], *, none: str, gap: int = 2) -> None:
         """Writes records: as a JSON array, or as a table; `none` is said in place of an empty table."""
         found = list(records)
         if self.json:
             typer.echo(json.dumps([record.model_dump(mode="json") for record in found], indent=2))
         elif found:
-            self.console.print(table(columns, found))
+            self.console.print(table(columns, found, gap=gap))
         else:
             self.console.print(none)
 

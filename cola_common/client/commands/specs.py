@@ -12,11 +12,11 @@ import typer
 
 from cola_common.client.commands.session import Session
 from cola_common.errors import ColaError, Reason
-from cola_common.jobs import JobSpec
+from cola_common.jobs import Codec, JobSpec, Rows
 
 P = ParamSpec("P")
 
-_ADAPTER, _TRAINING = "Adapter", "Training"
+_ADAPTER, _TRAINING, _WIRE = "Adapter", "Training", "What travels"
 
 
 def _targets(text: str) -> str | list[str]:
@@ -92,11 +92,39 @@ _FLAGS: dict[str, tuple[str, Any]] = {
         "hyperparameters.learning_rate",
         Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)],
     ),
+    "wire_rows": (
+        "wire.rows",
+        Annotated[
+            Literal[Rows, "auto"] | None,
+            typer.Option(help="All rows, their exact gradient, or fewer: a sketch.", rich_help_panel=_WIRE),
+        ],
+    ),
+    "wire_values": (
+        "wire.values",
+        Annotated[
+            Literal[Codec, "auto"] | None,
+            typer.Option(help="The codec of what goes to the workers.", rich_help_panel=_WIRE),
+        ],
+    ),
+    "wire_deltas": (
+        "wire.deltas",
+        Annotated[
+            Literal[Codec, "auto"] | None,
+            typer.Option(help="The codec of what comes back.", rich_help_panel=_WIRE),
+        ],
+    ),
+    "max_error": (
+        "wire.max_error",
+        Annotated[
+            float | None,
+            typer.Option(help="Of a gradient, relative, that 'auto' may make; 0: none.", rich_help_panel=_WIRE),
+        ],
+    ),
 }
 _SPEC = Annotated[Path | None, typer.Argument(help="A TOML or JSON file with the job's fields; flags win.")]
 _SETTINGS = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, such as wire.values=fp16. Repeatable."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, such as wire.sketch_rows=128. Repeatable."),
 ]
 
 
@@ -124,6 +152,8 @@ def with_fields(function: Callable[Concatenate[Session, dict[str, Any], P], None
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     fields = {} if given["spec"] is None else read_spec(given["spec"])
+    if fields.get("wire") == "auto":  # short for a table that leaves everything open, which flags may narrow
+        fields["wire"] = {}
     flags = {path: given[name] or None if name == "joint_files" else given[name] for name, (path, _) in _FLAGS.items()}
     if given["target_modules"] is not None:
         flags["adapter.target_modules"] = _targets(given["target_modules"])
