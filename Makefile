@@ -39,6 +39,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tenant_memory
 	$(BIN)/python -m benchmarks.idle
 	$(BIN)/python -m benchmarks.placement
+	$(BIN)/python -m benchmarks.reduce_cost
+	$(BIN)/python -m benchmarks.link
+	$(BIN)/python -m benchmarks.wire
+	$(BIN)/python -m benchmarks.wire_errors
+	$(BIN)/python -m benchmarks.equality
 
 # Random faults at jobs under way, some twenty minutes; `make soak RUNS=20 SEED=1` is another, shorter one.
 soak: $(INSTALLED)

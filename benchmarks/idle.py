@@ -40,7 +40,7 @@ def submit(client: Client, number: int, batch: int = 1) -> str:
         training_file=file.id,
         adapter={"type": "lora", "r": RANK, "target_modules": TARGETS},
         hyperparameters={"max_length": LENGTH, "batch_size": batch, "max_steps": 1_000_000},
-        wire={"values": "bf16"},
+        wire={"rows": "all", "values": "bf16"},
     )
     return job.id
 

@@ -71,7 +71,7 @@ def submit(client: Client, file: str, steps: int) -> str:
         training_file=file,
         adapter={"type": "mlp", "hidden_sizes": [HIDDEN], "target_modules": ["q_proj", "v_proj"]},
         hyperparameters={"max_steps": steps, "batch_size": BATCH, "max_length": LENGTH},
-        wire={"values": "bf16"},
+        wire={"rows": "all", "values": "bf16"},
     )
     return job.id
 

@@ -2,10 +2,11 @@
 
     (a) the frozen model's forward and backward pass
     (b) PEFT LoRA with AdamW in one process
-    (c) the whole server process, unmerged and merged: capture, encode and send included, a worker on the other core
+    (c) the whole server process, unmerged and merged: capture, encode and send included, a worker on the other core;
+        with `exact` rows in fp32, as a job has them by itself, and with `all` rows in bf16
 
-SmolLM2-135M in fp32, B4×T64 without padding, LoRA r=8 on all seven linears, `bf16` values, one thread for each. The
-four alternate in rounds; the figures are medians over the rounds. CPU seconds are user and system time of the process.
+SmolLM2-135M in fp32, B4×T64 without padding, LoRA r=8 on all seven linears, one thread for each. They alternate in
+rounds; the figures are medians over the rounds. CPU seconds are user and system time of the process.
 
     python -m benchmarks.server_step [--rounds 5] [--steps 10]
 """
@@ -25,11 +26,21 @@ import typer
 
 from benchmarks.record import write_record
 from cola_common.client import Client
+from cola_common.jobs import StepMetrics
 from cola_server.demo.smollm2 import converted
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH, RANK = 4, 64, 8
 WARMUP_STEPS = 3
+EXACT = {"rows": "exact", "values": "fp32", "deltas": "fp32"}
+ALL = {"rows": "all", "values": "bf16", "deltas": "fp32"}
+SERVED = {
+    "unmerged": ("unmerged", EXACT),
+    "merged": ("merged", EXACT),
+    "unmerged, all rows": ("unmerged", ALL),
+    "merged, all rows": ("merged", ALL),
+}
+"""Fold and wire of a job."""
 CACHE = Path.home() / ".cache" / "cola"
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -40,8 +51,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def server_round(client: Client, pid: int, file: str, steps: int, fold: str) -> float:
-    """CPU seconds a step of the server process, over `steps` steps of a job after its first few."""
+def server_round(
+    client: Client, pid: int, file: str, steps: int, fold: str, wire: dict[str, str]
+) -> tuple[float, StepMetrics]:
+    """CPU seconds a step of the server process, over `steps` steps of a job after its first few; its last metrics."""
     job = client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file,
@@ -54,7 +67,7 @@ def server_round(client: Client, pid: int, file: str, steps: int, fold: str) -> 
             "learning_rate": 1e-4,
         },
         fold=fold,
-        wire={"values": "bf16"},
+        wire=wire,
     )
     began = ended = 0.0
     for event in client.fine_tuning.jobs.stream_events(job.id):
@@ -64,7 +77,7 @@ def server_round(client: Client, pid: int, file: str, steps: int, fold: str) -> 
             ended = cpu_seconds(pid)
     done = client.fine_tuning.jobs.wait(job.id)
     assert done.status == "succeeded", done.error
-    return (ended - began) / steps
+    return (ended - began) / steps, client.fine_tuning.jobs.metrics(job.id)[-1]
 
 
 def plain_rounds(path: str, rounds: int, steps: int) -> None:
@@ -94,7 +107,7 @@ def plain_rounds(path: str, rounds: int, steps: int) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds of the four.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 10,
     cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
     plain: Annotated[bool, typer.Option(hidden=True)] = False,
@@ -134,7 +147,8 @@ def main(
             children.append(other)
             assert other.stdin is not None and other.stdout is not None
             assert other.stdout.readline() == "ready\n", (root / "server_step.log").read_text()
-            seconds: dict[str, list[float]] = {"frozen": [], "peft": [], "unmerged": [], "merged": []}
+            seconds: dict[str, list[float]] = {name: [] for name in ("frozen", "peft", *SERVED)}
+            sent: dict[str, int] = {}
             with Client(address) as client:
                 file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
                 for number in range(rounds):
@@ -143,11 +157,12 @@ def main(
                     frozen, peft = json.loads(other.stdout.readline())
                     seconds["frozen"].append(frozen)
                     seconds["peft"].append(peft)
-                    for fold in ("unmerged", "merged"):
-                        seconds[fold].append(server_round(client, server.pid, file.id, steps, fold))
+                    for name, (fold, wire) in SERVED.items():
+                        each, metrics = server_round(client, server.pid, file.id, steps, fold, wire)
+                        seconds[name].append(each)
+                        sent[name] = metrics.sent_bytes
                     latest = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
                     print(f"round {number + 1}: {latest}", flush=True)
-                metrics = client.fine_tuning.jobs.metrics(client.fine_tuning.jobs.list().data[0].id)[-1]
         finally:
             for child in children:
                 child.terminate()
@@ -156,19 +171,21 @@ def main(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
         f"{name} / peft": statistics.median(a / b for a, b in zip(seconds[name], seconds["peft"], strict=True))
-        for name in ("frozen", "unmerged", "merged")
+        for name in ("frozen", *SERVED)
     }
     for name, value in {**medians, **ratios}.items():
-        print(f"{name:18} {value:.3f}")
+        print(f"{name:26} {value:.3f}")
     write_record(
         "server_step",
         {
             "what": __doc__.splitlines()[0],
-            "shape": {"batch": BATCH, "length": LENGTH, "rank": RANK, "sites": TARGETS, "values": "bf16"},
+            "shape": {"batch": BATCH, "length": LENGTH, "rank": RANK, "sites": TARGETS},
+            "wire": {name: wire for name, (_, wire) in SERVED.items()},
             "cpu_seconds_a_step": seconds,
             "medians": medians,
             "ratios": ratios,
-            "sent_bytes_a_step": metrics.sent_bytes,
+            "sent_bytes_a_step": sent,
+            "targets": {"unmerged / peft": 1.05, "merged / peft": 1.0},
         },
     )
 

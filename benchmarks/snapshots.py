@@ -33,7 +33,7 @@ def one_round(cluster: Cluster, client: Client, file: str, steps: int) -> tuple[
         training_file=file,
         adapter={"type": "lora", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
         hyperparameters={"max_steps": steps + 1, "batch_size": BATCH, "max_length": LENGTH},
-        wire={"values": "bf16"},
+        wire={"rows": "all", "values": "bf16"},
     )
     pids = [daemon.process.pid for daemon in (cluster.server, *cluster.workers)]
     began = ended = 0.0

@@ -59,7 +59,7 @@ def submit(client: Client, number: int, **hyperparameters: int) -> str:
         training_file=file.id,
         adapter={"type": "lora", "r": RANK, "target_modules": TARGETS},
         hyperparameters={"max_length": LENGTH, "batch_size": 1, "max_steps": 1_000_000, **hyperparameters},
-        wire={"values": "bf16"},
+        wire={"rows": "all", "values": "bf16"},
     )
     return job.id
 

@@ -4,10 +4,11 @@
     (b) PEFT LoRA with AdamW: jobs one after another, each with an adapter and an optimizer of its own
     (c) the server: K jobs of K tenants at once, a worker on the other core
 
-SmolLM2-135M in fp32, each job B1×T64 without padding, LoRA r=8 on q and v, AdamW, `bf16` values; the server, (a) and
-(b) have one and the same core and a thread each. In a round they take turns. A job's rate is that between its first and
-its last step of the time that is watched, and the server's is the sum of its jobs'. (b) is measured on three jobs of
-16 steps: any number of them one after another has the same rate. The figures are medians of rounds.
+SmolLM2-135M in fp32, each job B1×T64 without padding, LoRA r=8 on q and v, AdamW, the wire as it is by itself; the
+server, (a) and (b) have one and the same core and a thread each. In a round they take turns. A job's rate is that
+between its first and its last step of the time that is watched, and the server's is the sum of its jobs'. (b) is
+measured on three jobs of 16 steps: any number of them one after another has the same rate. The figures are medians of
+rounds.
 
     python -m benchmarks.tenants [--rounds 2] [--seconds 75] [--counts 1,8,64]
 """
@@ -147,7 +148,6 @@ def server_rate(clients: list[Client], number: int, seconds: float) -> float:
             training_file=file.id,
             adapter={"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS},
             hyperparameters={"max_steps": 100_000, "batch_size": 1, "max_length": LENGTH, "learning_rate": 1e-4},
-            wire={"values": "bf16"},
         )
         jobs.append(job.id)
     both = list(zip(clients, jobs, strict=True))
@@ -215,7 +215,7 @@ def main(
         "tenants",
         {
             "what": __doc__.splitlines()[0],
-            "shape": {"batch": 1, "length": LENGTH, "rank": RANK, "sites": TARGETS, "values": "bf16"},
+            "shape": {"batch": 1, "length": LENGTH, "rank": RANK, "sites": TARGETS, "wire": "auto"},
             "tokens_a_second": rounds_of,
             "medians": ratios,
             "targets": {"of_limit": OF_LIMIT, "of_peft": OF_PEFT},

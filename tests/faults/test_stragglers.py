@@ -17,6 +17,7 @@ INTERVAL = {"adaptation_interval": 4}  # batches of a step: each is a message, a
 
 @pytest.mark.alone
 def test_a_straggler_s_job_moves_and_other_jobs_keep_their_speed(troupe: Troupe) -> None:
+    troupe.renew()  # each is to get one of two jobs
     with troupe.cluster.client() as client:
         steady = begin(client, LONG)
         fast = troupe.owner(client, steady)

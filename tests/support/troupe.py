@@ -67,6 +67,16 @@ class Troupe:
             self.cluster.workers.remove(self.daemons[name])
         self.daemons[name] = self.cluster.start_worker(name, via=self.proxies[name].address, faulty=True)
 
+    def renew(self) -> None:
+        """Workers of whose speed nothing is known, whatever tests before have made of it."""
+        for name in self.proxies:
+            self.kill(name)
+        with self.cluster.client() as client:
+            until(lambda: all(worker.status != "attending" for worker in client.workers.list()))
+        for name in self.proxies:
+            self.start(name)
+        self.cluster.await_workers(len(self.proxies))
+
     def kill(self, name: str) -> None:
         """SIGKILL to a worker."""
         self.daemons[name].kill()
