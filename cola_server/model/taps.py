@@ -52,8 +52,8 @@ class Captured:
     rows: torch.Tensor | None
     """Numbers of those that are no padding, once the leading dimensions are flattened; None: all."""
     gradient: Callable[[], tuple[Parameters, float]]
-    """The job's own VJP of these rows, made with those of its neighbours where they are alike; and seconds, the job's
-    part of what that took.
+    """The job's own VJP of these rows, on `BATCHED` devices made with those of neighbours that are alike; and seconds,
+    the job's part of what that took.
     """
 
 
