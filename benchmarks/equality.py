@@ -18,6 +18,7 @@ import torch
 import typer
 
 from benchmarks.record import write_record
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, SITES, Cache, lora
 from cola_common.adapters import peft_format
 from cola_common.client import Client
 from cola_common.tensor import CODECS
@@ -25,12 +26,7 @@ from cola_server.demo.dialogues import read_dialogues, split_dialogues, write_ro
 from cola_server.demo.smollm2 import converted
 from tests.support.cluster import Cluster
 
-CACHE = Path.home() / ".cache" / "cola"
-BATCH, LENGTH, RANK = 4, 64, 8
-TARGETS = {
-    "q, v": ["q_proj", "v_proj"],
-    "seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
+BATCH = 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05},
     "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
@@ -50,10 +46,10 @@ def train(client: Client, file: str, scratch: Path, steps: int, **fields: Any) -
     return torch.cat([p.flatten() for site in sorted(shards) for p in shards[site].values()]), job.epoch
 
 
-def fields_of(targets: list[str], optimizer: dict[str, Any], steps: int, wire: dict[str, str]) -> dict[str, Any]:
+def fields_of(sites: str, optimizer: dict[str, Any], steps: int, wire: dict[str, str]) -> dict[str, Any]:
     """Of a job."""
     return {
-        "adapter": {"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets},
+        "adapter": lora(sites),
         "hyperparameters": {
             "max_steps": steps,
             "batch_size": BATCH,
@@ -67,7 +63,7 @@ def fields_of(targets: list[str], optimizer: dict[str, Any], steps: int, wire: d
 
 def main(
     steps: Annotated[int, typer.Option(help="Of each job.")] = 50,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
 ) -> None:
     """Run it and write its record."""
     path = converted(cache)
@@ -86,10 +82,10 @@ def main(
                 client.files.create(file=root / name, purpose="fine-tune").id
                 for name in ("rows.jsonl", "permuted.jsonl")
             )
-            for (sites, targets), (name, optimizer) in itertools.product(TARGETS.items(), OPTIMIZERS.items()):
+            for sites, (name, optimizer) in itertools.product(SITES, OPTIMIZERS.items()):
 
-                def run(file: str, rows_of: str, targets: Any = targets, optimizer: Any = optimizer) -> torch.Tensor:
-                    fields = fields_of(targets, optimizer, steps, {"rows": rows_of, **LOSSLESS})
+                def run(file: str, rows_of: str, sites: str = sites, optimizer: Any = optimizer) -> torch.Tensor:
+                    fields = fields_of(sites, optimizer, steps, {"rows": rows_of, **LOSSLESS})
                     return train(client, file, root, steps, **fields)[0]
 
                 wanted = run(rows, "all")
@@ -100,7 +96,7 @@ def main(
             for how, values, deltas in itertools.product(("all", "exact", "sketch"), CODECS, CODECS):
                 if how == "sketch" or (values, deltas) != ("fp32", "fp32"):
                     wire = {"rows": how, "values": values, "deltas": deltas}
-                    fields = fields_of(TARGETS["q, v"], OPTIMIZERS["adamw"], 2, wire)
+                    fields = fields_of("q, v", OPTIMIZERS["adamw"], 2, wire)
                     epochs[f"{how} {values} {deltas}"] = train(client, rows, root, 2, **fields)[1]
             again = [mode for mode, count in epochs.items() if count != 1]
             print(f"{len(epochs)} lossy modes; digests that did not agree: {', '.join(again) or 'none'}")

@@ -1,9 +1,8 @@
 """A job over a slow link: wall time of a step against PEFT on the server's core alone, in one run.
 
 The worker is in a network namespace behind a veth pair with `tc tbf` at both ends, 100 Mbit/s and 1 Gbit/s each way.
-The kernel here has no netem, so a relay in front of the link holds every byte back for 20 ms each way, 40 ms for a
-round trip: the harder reading of "20 ms". It holds twice what is on its way at that rate, and no more. What link and
-relay carry with that delay is measured first, without the server.
+A relay in front of the link (`benchmarks.relay`) holds every byte back for 20 ms each way, 40 ms for a round trip: the
+harder reading of "20 ms". What link and relay carry with that delay is measured first, without the server.
 
 SmolLM2-135M in fp32, one job at a time, B16×T64 without padding, LoRA r=8, AdamW; server and PEFT have one and the same
 core and a thread each, worker and relay the other core. Jobs and PEFT take turns, and a job is compared with PEFT just
@@ -16,44 +15,35 @@ before it and just after it. A job's step is from one step's end to the next one
 Needs root, and `ip` and `tc` (Debian's iproute2).
 
     python -m benchmarks.link [--rounds 2] [--steps 10] [--rates 100,1000] [--modes "auto,auto 0.01,all/fp32"]
-        [--sites "q, v"] [--batch 16]
+        [--sites "q, v"] [--batch 16] [--record link]
 """
 
 import json
-import os
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 
+from benchmarks.process import Child, cpu_seconds, on_core, pin
 from benchmarks.record import write_record
-from benchmarks.server_step import cpu_seconds
-from benchmarks.tenants import pin
+from benchmarks.relay import CHUNK
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, SITES, Cache, filling_rows, lora
 from cola_common.client import Client
 from cola_common.rpc.addresses import split
 from cola_server.demo.smollm2 import converted
 from tests.support.cluster import Cluster, Daemon
 from tests.support.netns import Link
 
-CACHE = Path.home() / ".cache" / "cola"
-LENGTH, RANK = 64, 8
-SITES = {
-    "q, v": ["q_proj", "v_proj"],
-    "seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 MODES: dict[str, dict[str, Any] | None] = {
     "auto": None,
     "auto 0.01": {"max_error": 0.01},
@@ -65,116 +55,6 @@ WARM_STEPS = 4
 AIMS = {1000: 1.10, 100: 1.15}
 """A step of `auto` on q and v against PEFT's, by Mbit/s."""
 PARTS = ("model", "reduce", "encode", "wire", "worker", "decode", "fold")
-
-
-def on_core(core: int) -> list[str]:
-    return ["taskset", "-c", str(core)]
-
-
-# --- the relay --------------------------------------------------------------------------------------------------------
-
-CHUNK = 1 << 18
-"""Bytes read at a time: at 1 Gbit/s a few hundred reads a second, which is little for Python."""
-
-
-class Held:
-    """What is on its way, in its order: at most so many bytes, and none comes out before it is due."""
-
-    def __init__(self, seconds: float, most: int) -> None:
-        self._seconds = seconds
-        self._most = most
-        self._waiting: deque[tuple[float, bytes]] = deque()
-        self._nbytes = 0
-        self._changed = threading.Condition()
-
-    def put(self, data: bytes) -> None:
-        """Waits for room. Nothing more follows no bytes."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._nbytes < self._most)
-            self._waiting.append((time.monotonic() + self._seconds, data))
-            self._nbytes += len(data)
-            self._changed.notify_all()
-
-    def get(self) -> bytes:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
-            due, data = self._waiting.popleft()
-        time.sleep(max(0.0, due - time.monotonic()))
-        with self._changed:  # only now: what is on its way takes room
-            self._nbytes -= len(data)
-            self._changed.notify_all()
-        return data
-
-
-def carry(source: socket.socket, sink: socket.socket, seconds: float, most: int) -> None:
-    """From one socket to the other, until there is no more; two threads."""
-    held = Held(seconds, most)
-
-    def deliver() -> None:
-        try:
-            while data := held.get():
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            source.close()  # the reader learns it
-
-    threading.Thread(target=deliver, daemon=True).start()
-    try:
-        while data := source.recv(CHUNK):
-            held.put(data)
-    except OSError:
-        pass
-    held.put(b"")
-
-
-def relay(host: str, target: str, rate: float) -> None:
-    """The child process: prints the address at which it listens, and carries until it is killed."""
-    listener = socket.create_server((host, 0))
-    print("{}:{}".format(*listener.getsockname()), flush=True)
-    most = max(CHUNK, round(2 * rate / 8 * DELAY_SECONDS))
-    while True:
-        near, _ = listener.accept()
-        far = socket.create_connection(split(target))
-        for each in (near, far):
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=carry, args=(source, sink, DELAY_SECONDS, most), daemon=True).start()
-
-
-class Child:
-    """A context manager: this module in another process, to which one speaks in lines."""
-
-    def __init__(self, before: list[str], flags: list[str], log: Path) -> None:
-        self._log = log
-        self.process = subprocess.Popen(
-            [*before, sys.executable, "-m", "benchmarks.link", *flags],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def says(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self._log.read_text()
-        return line.strip()
-
-    def ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return self.says()
 
 
 # --- what link and relay carry ----------------------------------------------------------------------------------------
@@ -226,7 +106,12 @@ def carried(link: Link, rate: float, scratch: Path) -> dict[str, float]:
         thread.start()
         with (
             relaying(link, target, rate, scratch) as (_, address),
-            Child([*link.command, *on_core(1)], [f"--pump={address}", f"--size={size}"], scratch / "pump.log") as child,
+            Child(
+                "benchmarks.link",
+                [f"--pump={address}", f"--size={size}"],
+                scratch / "pump.log",
+                [*link.command, *on_core(1)],
+            ) as child,
         ):
             found = json.loads(child.says())
         thread.join(10)
@@ -236,8 +121,8 @@ def carried(link: Link, rate: float, scratch: Path) -> dict[str, float]:
 @contextmanager
 def relaying(link: Link, target: str, rate: float, scratch: Path) -> Iterator[tuple[int, str]]:
     """A relay of its own for so many bits a second: its process' id, and its address."""
-    flags = [f"--relay={link.outside}", f"--target={target}", f"--relay-rate={rate}"]
-    with Child(on_core(1), flags, scratch / "relay.log") as child:
+    arguments = [link.outside, target, f"--rate={rate}", f"--delay={DELAY_SECONDS}"]
+    with Child("benchmarks.relay", arguments, scratch / "relay.log", on_core(1)) as child:
         yield child.process.pid, child.says()
 
 
@@ -273,7 +158,7 @@ def run_job(client: Client, file: str, sites: str, mode: str, batch: int, steps:
     job = client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file,
-        adapter={"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": SITES[sites]},
+        adapter=lora(sites),
         hyperparameters={
             "max_steps": steps + WARM_STEPS,
             "batch_size": batch,
@@ -337,9 +222,7 @@ class Bench:
                 self.cluster.workers.remove(worker)
 
     def _jobs(self, client: Client, rate: float, sites: list[str], modes: list[str], relay: int) -> None:
-        text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
-        rows = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(self.batch * 8))
-        file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
+        file = client.files.create(file=("rows.jsonl", filling_rows(self.batch * 8)), purpose="fine-tune")
         for place in sites:
             before = self.peft(place)
             for mode in modes:
@@ -377,18 +260,13 @@ def main(
     modes: Annotated[str, typer.Option(help=f"Of {', '.join(MODES)}.")] = ",".join(MODES),
     sites: Annotated[str, typer.Option(help=f"Of {'; '.join(SITES)}, separated by semicolons.")] = "q, v",
     batch: Annotated[int, typer.Option(help=f"Examples of {LENGTH} tokens.")] = 16,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    record: Annotated[str, typer.Option(help="What its record is called.")] = "link",
+    cache: Cache = CACHE,
     plainly: Annotated[bool, typer.Option("--plain", hidden=True)] = False,
-    relay_on: Annotated[str, typer.Option("--relay", hidden=True)] = "",
-    target: Annotated[str, typer.Option(hidden=True)] = "",
-    relay_rate: Annotated[float, typer.Option(hidden=True)] = 0.0,
     pump_from: Annotated[str, typer.Option("--pump", hidden=True)] = "",
     size: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run the benchmark and write its record."""
-    if relay_on:
-        relay(relay_on, target, relay_rate)
-        return
     if pump_from:
         pump(pump_from, size)
         return
@@ -408,7 +286,7 @@ def main(
         flags = [f"--cache={cache}", "--plain", f"--batch={batch}"]
         with (
             Cluster(scratch / "run", {"smollm2": path}, workers=0, flags=["--threads=1"]) as cluster,
-            Child(on_core(0), flags, scratch / "plain.log") as ordinary,
+            Child("benchmarks.link", flags, scratch / "plain.log", on_core(0)) as ordinary,
         ):
             pin(cluster.server.process.pid, 0)
             bench = Bench(cluster, link, ordinary, batch, steps, plain_steps)
@@ -420,7 +298,7 @@ def main(
     for case, ratio in ratios.items():
         print(f"{case}: {ratio:.3f} of PEFT")
     write_record(
-        "link",
+        record,
         {
             "what": __doc__.splitlines()[0],
             "shape": {"batch": batch, "length": LENGTH, "rank": RANK, "steps": steps, "warm_steps": WARM_STEPS},

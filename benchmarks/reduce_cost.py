@@ -8,7 +8,6 @@ step as its metrics tell it; the figures are medians over the steps of all round
     python -m benchmarks.reduce_cost [--rounds 2] [--steps 8] [--batch 16] [--sites "q, v;seven"]
 """
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,19 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.process import pin
 from benchmarks.record import write_record
-from benchmarks.tenants import pin
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, SITES, Cache, filling_rows, lora
 from cola_common.client import Client
 from cola_common.jobs import StepMetrics
 from cola_server.demo.smollm2 import converted
 from tests.support.cluster import Cluster
 
-CACHE = Path.home() / ".cache" / "cola"
-LENGTH, RANK = 64, 8
-SITES = {
-    "q, v": ["q_proj", "v_proj"],
-    "seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 WIRES: dict[str, dict[str, Any]] = {
     "exact/fp32": {"rows": "exact", "values": "fp32", "deltas": "fp32"},
     "exact/bf16": {"rows": "exact", "values": "bf16", "deltas": "bf16"},
@@ -46,7 +40,7 @@ def job_steps(client: Client, file: str, sites: str, wire: str, batch: int, step
     job = client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file,
-        adapter={"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": SITES[sites]},
+        adapter=lora(sites),
         hyperparameters={
             "max_steps": steps + WARM_STEPS,
             "batch_size": batch,
@@ -74,7 +68,7 @@ def main(
     batch: Annotated[int, typer.Option(help=f"Examples of {LENGTH} tokens.")] = 16,
     sites: Annotated[str, typer.Option(help=f"Of {'; '.join(SITES)}, separated by semicolons.")] = ";".join(SITES),
     wires: Annotated[str, typer.Option(help=f"Of {', '.join(WIRES)}.")] = ",".join(WIRES),
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
 ) -> None:
     """Run the benchmark and write its record."""
     found: dict[str, list[dict[str, float]]] = {}
@@ -86,9 +80,7 @@ def main(
         pin(cluster.server.process.pid, 0)
         pin(cluster.start_worker("worker", ["--threads=1"]).process.pid, 1)
         cluster.await_workers(1)
-        text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
-        rows = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(batch * 8))
-        file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
+        file = client.files.create(file=("rows.jsonl", filling_rows(batch * 8)), purpose="fine-tune")
         for number in range(1, rounds + 1):
             for place in sites.split(";"):
                 for wire in wires.split(","):

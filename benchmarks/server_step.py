@@ -12,9 +12,7 @@ rounds; the figures are medians over the rounds. CPU seconds are user and system
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +22,16 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.process import Child, cpu_seconds, on_core, pin
 from benchmarks.record import write_record
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, SITES, Cache, filling_rows, lora
 from cola_common.client import Client
 from cola_common.jobs import StepMetrics
 from cola_server.demo.smollm2 import converted
+from tests.support.cluster import Cluster
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BATCH, LENGTH, RANK = 4, 64, 8
+PLACE = "seven"
+BATCH = 4
 WARMUP_STEPS = 3
 EXACT = {"rows": "exact", "values": "fp32", "deltas": "fp32"}
 ALL = {"rows": "all", "values": "bf16", "deltas": "fp32"}
@@ -41,14 +42,6 @@ SERVED = {
     "merged, all rows": ("merged", ALL),
 }
 """Fold and wire of a job."""
-CACHE = Path.home() / ".cache" / "cola"
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far, with its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def server_round(
@@ -58,7 +51,7 @@ def server_round(
     job = client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file,
-        adapter={"type": "lora", "r": RANK, "lora_alpha": 16, "target_modules": TARGETS},
+        adapter=lora(PLACE),
         hyperparameters={
             "max_steps": steps + WARMUP_STEPS,
             "batch_size": BATCH,
@@ -88,7 +81,7 @@ def plain_rounds(path: str, rounds: int, steps: int) -> None:
 
     torch.set_num_threads(1)
     ids = tokens(BATCH, LENGTH)
-    frozen, peft = Frozen(path), Peft(path, TARGETS, RANK)
+    frozen, peft = Frozen(path), Peft(path, SITES[PLACE], RANK)
 
     def timed(step: Callable[[Any], None]) -> float:
         step(ids)
@@ -109,65 +102,40 @@ def plain_rounds(path: str, rounds: int, steps: int) -> None:
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 10,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
     plain: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run the benchmark and write its record."""
-    path = str(converted(cache))
+    path = converted(cache)
     if plain:
-        plain_rounds(path, rounds, steps)
+        plain_rounds(str(path), rounds, steps)
         return
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
-        rows = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(BATCH * 8))
-
-        def start(core: int, *command: str) -> "subprocess.Popen[str]":
-            return subprocess.Popen(
-                ["taskset", "-c", str(core), sys.executable, *command],
-                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                stderr=(root / f"{command[1].rpartition('.')[2]}.log").open("w"),
-            )  # fmt: skip
-
-        children = []
-        try:
-            flags = ["--listen=127.0.0.1:0", f"--data-dir={root / 'server'}", "--device=cpu", "--threads=1"]
-            server = start(0, "-m", "cola_server", f"--model=smollm2={path}", *flags)
-            children.append(server)
-            bound = root / "server" / "address"
-            while not bound.exists():
-                assert server.poll() is None, (root / "cola_server.log").read_text()
-                time.sleep(0.1)
-            address = bound.read_text()
-            children.append(start(1, "-m", "cola_worker", f"--server={address}", f"--data-dir={root / 'worker'}",
-                                  "--threads=1"))  # fmt: skip
-            shape = [f"--rounds={rounds}", f"--steps={steps}", f"--cache={cache}"]
-            other = start(0, "-m", "benchmarks.server_step", "--plain", *shape)
-            children.append(other)
-            assert other.stdin is not None and other.stdout is not None
-            assert other.stdout.readline() == "ready\n", (root / "server_step.log").read_text()
-            seconds: dict[str, list[float]] = {name: [] for name in ("frozen", "peft", *SERVED)}
-            sent: dict[str, int] = {}
-            with Client(address) as client:
-                file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
-                for number in range(rounds):
-                    other.stdin.write("go\n")
-                    other.stdin.flush()
-                    frozen, peft = json.loads(other.stdout.readline())
-                    seconds["frozen"].append(frozen)
-                    seconds["peft"].append(peft)
-                    for name, (fold, wire) in SERVED.items():
-                        each, metrics = server_round(client, server.pid, file.id, steps, fold, wire)
-                        seconds[name].append(each)
-                        sent[name] = metrics.sent_bytes
-                    latest = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
-                    print(f"round {number + 1}: {latest}", flush=True)
-        finally:
-            for child in children:
-                child.terminate()
-            for child in children:
-                child.wait(30)
+    seconds: dict[str, list[float]] = {name: [] for name in ("frozen", "peft", *SERVED)}
+    sent: dict[str, int] = {}
+    shape = [f"--rounds={rounds}", f"--steps={steps}", f"--cache={cache}"]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with (
+            Cluster(scratch / "run", {"smollm2": path}, workers=0, flags=["--threads=1"]) as cluster,
+            Child("benchmarks.server_step", ["--plain", *shape], scratch / "plain.log", on_core(0)) as ordinary,
+            cluster.client() as client,
+        ):
+            server = cluster.server.process.pid
+            pin(server, 0)
+            pin(cluster.start_worker("worker", ["--threads=1"]).process.pid, 1)
+            cluster.await_workers(1)
+            assert ordinary.says() == "ready"
+            file = client.files.create(file=("rows.jsonl", filling_rows(BATCH * 8)), purpose="fine-tune")
+            for number in range(1, rounds + 1):
+                frozen, peft = json.loads(ordinary.ask())
+                seconds["frozen"].append(frozen)
+                seconds["peft"].append(peft)
+                for name, (fold, wire) in SERVED.items():
+                    each, metrics = server_round(client, server, file.id, steps, fold, wire)
+                    seconds[name].append(each)
+                    sent[name] = metrics.sent_bytes
+                latest = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
+                print(f"round {number}: {latest}", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
         f"{name} / peft": statistics.median(a / b for a, b in zip(seconds[name], seconds["peft"], strict=True))
@@ -179,7 +147,7 @@ def main(
         "server_step",
         {
             "what": __doc__.splitlines()[0],
-            "shape": {"batch": BATCH, "length": LENGTH, "rank": RANK, "sites": TARGETS},
+            "shape": {"batch": BATCH, "length": LENGTH, "rank": RANK, "sites": SITES[PLACE]},
             "wire": {name: wire for name, (_, wire) in SERVED.items()},
             "cpu_seconds_a_step": seconds,
             "medians": medians,

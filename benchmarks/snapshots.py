@@ -8,7 +8,6 @@ server and workers together over the same steps. The figures are medians of the 
     python -m benchmarks.snapshots [--rounds 6] [--steps 15]
 """
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,14 +15,14 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.process import cpu_seconds
 from benchmarks.record import write_record
-from benchmarks.server_step import cpu_seconds
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, Cache, filling_rows, lora
 from cola_common.client import Client
 from cola_server.demo.smollm2 import converted
 from tests.support.cluster import Cluster
 
-CACHE = Path.home() / ".cache" / "cola"
-BATCH, LENGTH, RANK = 4, 64, 8
+BATCH = 4
 
 
 def one_round(cluster: Cluster, client: Client, file: str, steps: int) -> tuple[float, float, int]:
@@ -31,7 +30,7 @@ def one_round(cluster: Cluster, client: Client, file: str, steps: int) -> tuple[
     job = client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file,
-        adapter={"type": "lora", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        adapter=lora("q, v"),
         hyperparameters={"max_steps": steps + 1, "batch_size": BATCH, "max_length": LENGTH},
         wire={"rows": "all", "values": "bf16"},
     )
@@ -52,12 +51,11 @@ def one_round(cluster: Cluster, client: Client, file: str, steps: int) -> tuple[
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of the two.")] = 6,
     steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 15,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
 ) -> None:
     """Run the benchmark and write its record."""
     models = {"smollm2": converted(cache)}
-    text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
-    rows = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(BATCH * (steps + 1)))
+    rows = filling_rows(BATCH * (steps + 1))
     figures: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
     step_bytes = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,7 +69,7 @@ def main(
         ):
             sides = {"with": (one, of_one), "without": (other, of_other)}
             files = {
-                name: client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune").id
+                name: client.files.create(file=("rows.jsonl", rows), purpose="fine-tune").id
                 for name, (_, client) in sides.items()
             }
             for number in range(rounds):

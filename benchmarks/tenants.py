@@ -14,26 +14,24 @@ rounds.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 
+from benchmarks.process import Child, on_core, pin
 from benchmarks.record import write_record
+from benchmarks.smollm2 import CACHE, LENGTH, RANK, SITES, Cache, filling_rows, lora
 from cola_common.client import Client
 from cola_server.demo.smollm2 import converted
 from tests.support.cluster import Cluster
 
-CACHE = Path.home() / ".cache" / "cola"
-TARGETS = ["q_proj", "v_proj"]
-LENGTH, RANK = 64, 8
+PLACE = "q, v"
 LIMIT_BATCHES = (1, 4, 8, 16, 32)
 OF_LIMIT, OF_PEFT = 0.93, 1.2
 PEFT_JOBS, PEFT_STEPS = 3, 16
@@ -52,12 +50,6 @@ def token(number: int) -> str:
     return f"token-of-tenant-{number:04}"
 
 
-def pin(pid: int, core: int) -> None:
-    """Keeps a process, with its threads and those to come, on one core."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
-
-
 # --- (a) and (b) ------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +60,7 @@ def plain_rounds(path: str) -> None:
     from benchmarks.ordinary import Frozen, Peft, tokens
 
     torch.set_num_threads(1)
-    frozen, peft = Frozen(path), Peft(path, TARGETS, RANK)
+    frozen, peft = Frozen(path), Peft(path, SITES[PLACE], RANK)
 
     def rate(step: Callable[[], None], count: int) -> float:
         began = time.perf_counter()
@@ -95,58 +87,19 @@ def plain_rounds(path: str) -> None:
         print(json.dumps([limits, rate(jobs, PEFT_JOBS * PEFT_STEPS * LENGTH)]), flush=True)
 
 
-class Plain:
-    """The child process, as a context manager; it is idle unless asked."""
-
-    def __init__(self, cache: Path, log: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.tenants", "--plain", f"--cache={cache}"]
-        self._process = subprocess.Popen(
-            ["taskset", "-c", "0", *command],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
-        self._log = log
-
-    def __enter__(self) -> Self:
-        self._answer()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def rates(self) -> tuple[dict[str, float], float]:
-        """Tokens a second of the limit, by batch, and of PEFT."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        limits, peft = json.loads(self._answer())
-        return limits, peft
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        answer = self._process.stdout.readline()
-        assert answer, self._log.read_text()
-        return answer
-
-
 # --- (c) --------------------------------------------------------------------------------------------------------------
 
 
 def server_rate(clients: list[Client], number: int, seconds: float) -> float:
     """Tokens a second of one job of each client, watched for so many seconds after the first steps of all."""
-    text = " ".join(["The quick brown fox jumps over the lazy dog and runs away."] * 12)
     jobs = []
     for place, client in enumerate(clients):
-        rows = "\n".join(json.dumps({"text": f"{number} {place} {i} {text}"}) for i in range(32))
-        file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
+        rows = filling_rows(32, mark=f"{number} {place}")
+        file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
         job = client.fine_tuning.jobs.create(
             model="smollm2",
             training_file=file.id,
-            adapter={"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS},
+            adapter=lora(PLACE),
             hyperparameters={"max_steps": 100_000, "batch_size": 1, "max_length": LENGTH, "learning_rate": 1e-4},
         )
         jobs.append(job.id)
@@ -171,7 +124,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of the three.")] = 2,
     seconds: Annotated[float, typer.Option(help="For which the server's jobs are watched.")] = 75.0,
     counts: Annotated[str, typer.Option(help="Numbers of tenants.")] = "1,8,64",
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
     plain: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run the benchmark and write its record."""
@@ -189,8 +142,9 @@ def main(
         flags = [f"--token-file={root / 'tokens'}", "--threads=1"]
         with (
             Cluster(root / "run", {"smollm2": path}, workers=0, flags=flags, client_token=token(0)) as cluster,
-            Plain(cache, root / "plain.log") as ordinary,
+            Child("benchmarks.tenants", ["--plain", f"--cache={cache}"], root / "plain.log", on_core(0)) as ordinary,
         ):
+            assert ordinary.says() == "ready"
             pin(cluster.server.process.pid, 0)
             worker = cluster.start_worker("worker", [f"--token-file={root / 'worker-token'}", "--threads=1"])
             pin(worker.process.pid, 1)
@@ -198,7 +152,7 @@ def main(
             clients = [Client(cluster.address, token=token(n)) for n in range(max(tenants))]
             for number in range(rounds):
                 for k in tenants:
-                    limits, peft = ordinary.rates()
+                    limits, peft = json.loads(ordinary.ask())
                     server = server_rate(clients[:k], number, seconds)
                     rounds_of[k].append({"limits": limits, "peft": peft, "server": server})
                     print(f"K={k}: limit {max(limits.values()):.1f}, PEFT {peft:.1f}, server {server:.1f}", flush=True)
@@ -215,7 +169,7 @@ def main(
         "tenants",
         {
             "what": __doc__.splitlines()[0],
-            "shape": {"batch": 1, "length": LENGTH, "rank": RANK, "sites": TARGETS, "wire": "auto"},
+            "shape": {"batch": 1, "length": LENGTH, "rank": RANK, "sites": SITES[PLACE], "wire": "auto"},
             "tokens_a_second": rounds_of,
             "medians": ratios,
             "targets": {"of_limit": OF_LIMIT, "of_peft": OF_PEFT},

@@ -12,14 +12,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.record import write_record
-from benchmarks.wire import CACHE, LENGTH, MODES, RATES, say, sites_of
+from benchmarks.smollm2 import CACHE, LENGTH, Cache
+from benchmarks.wire import MODES, RATES, say, sites_of
 from cola_common.adapters import Parameters
 from cola_common.tensor import decode, decode_parameter, encode, encode_parameter
 from cola_server.demo.dialogues import read_dialogues, split_dialogues
@@ -212,7 +212,7 @@ def main(
     adapters: Annotated[str, typer.Option(help="Whose gradients: form:sites, separated by semicolons.")] = (
         "lora:q, v;lora:seven;linear:q, v;linear:seven;mlp:q, v;mlp:seven"
     ),
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    cache: Cache = CACHE,
 ) -> None:
     """Run the benchmark and write its record."""
     torch.set_num_threads(1)
