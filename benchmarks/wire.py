@@ -5,16 +5,14 @@
         what real jobs sent and received is compared with it: every mode at 256 rows, some at more
     (b) the loss on the demo's evaluation rows after 200 steps of the demo's task, three seeds: jobs of all modes and
         seeds at once on one server, as their own validation tells it; against `all` rows in fp32. A batch of 4 has
-        some 100 rows without padding, of which a sketch of 64 keeps most: `--batch 16` asks more of it
+        some 100 rows without padding, of which a sketch of 64 keeps most: `--batch 40` asks more of it
 
 SmolLM2-135M in fp32; LoRA r=8, `linear`, and `mlp` with 128 hidden. Each process has one thread.
 
 What it costs a gradient is told by `benchmarks.wire_errors`.
 
     python -m benchmarks.wire [--parts ab] [--rows 256,1024,4096] [--real-rows 1024,4096] [--steps 200] [--seeds 3]
-        [--modes lora/all/fp32,…] [--batch 4] [--threads 1]
-
-One part alone makes a record of its own: `wire_a`, `wire_b`.
+        [--modes lora/all/fp32,…] [--batch 4] [--threads 1] [--record wire]
 """
 
 import json
@@ -31,6 +29,7 @@ import torch
 import typer
 
 from benchmarks.record import write_record
+from benchmarks.smollm2 import CACHE, LENGTH, SITES, Cache
 from cola_common.client import Client
 from cola_common.jobs import Codec, JobSpec, Rows, WirePlan
 from cola_server.demo.dialogues import read_dialogues, split_dialogues, write_rows
@@ -40,12 +39,6 @@ from cola_server.training.traffic import capture_bytes, delta_bytes
 from tests.support.cluster import Cluster
 from tests.support.wires import wire
 
-CACHE = Path.home() / ".cache" / "cola"
-LENGTH = 64
-SITES = {
-    "q, v": ("q_proj", "v_proj"),
-    "seven": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "r": 8, "lora_alpha": 16},
     "linear": {"type": "linear"},
@@ -99,19 +92,22 @@ MODES = {
         Mode("lora", "sketch", "int8", "int8", 64),
         Mode("linear", "all", "fp32", "fp32"),
         Mode("linear", "sketch", "int8", "int8", 64),
+        Mode("linear", "sketch", "int8", "int4", 64),
         Mode("mlp", "all", "fp32", "fp32"),
         Mode("mlp", "all", "int8", "int8"),
         Mode("mlp", "all", "int4", "int4"),
     )
 }
 OF_LOSS = (
-    "lora/all/fp32,lora/exact/bf16,lora/sketch 64/int8,linear/all/fp32,linear/sketch 64/int8,mlp/all/fp32,mlp/all/int4"
+    "lora/all/fp32,lora/exact/bf16,lora/sketch 64/int8,linear/all/fp32,linear/sketch 64/int8,"
+    "linear/sketch 64/int8/int4,mlp/all/fp32,mlp/all/int4"
 )
 OF_REAL = ("lora/all/bf16", "lora/exact/bf16", "lora/sketch 64/int8", "mlp/all/int4")
 """What is compared with real jobs also at more than 256 rows: a pass of 4,096 takes half a minute."""
 AIMS = {
     "lora/exact/bf16": {"rows": 1024, "times_fewer": 100, "loss": "within the baseline's spread over seeds"},
     "lora/sketch 64/int8": {"rows": 4096, "times_fewer": 60, "loss": 0.01},
+    "linear/sketch 64/int8/int4": {"rows": 4096, "times_fewer": 60, "loss": 0.01},
     "mlp/all/int4": {"rows": 1024, "times_fewer": 7, "loss": 0.01},
 }
 
@@ -297,7 +293,8 @@ def main(
     modes: Annotated[str, typer.Option(help="Whose losses are compared, as form/rows/codec.")] = OF_LOSS,
     batch: Annotated[int, typer.Option(help="Examples of a batch in the demo's task.")] = 4,
     threads: Annotated[int, typer.Option(help="Of the server in that task: more where nothing else runs.")] = 1,
-    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = CACHE,
+    record: Annotated[str, typer.Option(help="What its record is called.")] = "wire",
+    cache: Cache = CACHE,
 ) -> None:
     """Run the benchmark and write its record."""
     torch.set_num_threads(1)
@@ -310,7 +307,7 @@ def main(
     if "b" in parts:
         shape = {"steps": steps, "batch": batch, "seeds": seeds, "length": LENGTH, "learning_rates": RATES}
         fields |= {"loss_shape": shape, **loss_part(path, modes.split(","), seeds, steps, batch, threads)}
-    write_record("wire" if parts == "ab" else f"wire_{parts}", fields)
+    write_record(record, fields)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from cola_common.errors import ColaError, Reason
 from cola_common.messages import Calls
 from cola_server.model.adapted import JobAdapter, Mean
 from cola_server.model.base import BaseModel
-from cola_server.model.taps import Member, Sink, Taps
+from cola_server.model.cohort import Member, Sink
+from cola_server.model.taps import Taps
 
 IGNORED = -100
 """The label of what is no target, as in transformers and torch."""

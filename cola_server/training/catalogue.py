@@ -162,8 +162,13 @@ class Catalogue:
         def load(plan: WirePlan) -> Load:
             return Load(nbytes=sent_by(plan) + delta_bytes(sites, plan.deltas) / interval)
 
-        seconds = self._observed.pass_seconds(spec.model, tokens)
-        conditions = planner.Conditions(interval, seconds, self._observed.rate or FASTEST, math.inf)
+        conditions = planner.Conditions(
+            interval=interval,
+            pass_seconds=self._observed.pass_seconds(spec.model, tokens),
+            rate=self._observed.rate or FASTEST,
+            speed=math.inf,
+            sketching=planner.sketching(sites, self.model(spec.model).parameters),
+        )
         return planner.choose(spec.wire, sites, load, conditions)
 
     def _sizes(self, spec: JobSpec, sites: Sequence[Site]) -> Sizes:

@@ -47,10 +47,22 @@ class Conditions:
     """Bytes/s to the job's workers."""
     speed: float
     """FLOP/s of them."""
+    sketching: float
+    """What a sketch costs the server for each row that it keeps, as a part of a pass."""
 
 
 Loads = Callable[[WirePlan], Load]
 """What a batch asks of the workers under a plan."""
+
+
+def sketching(sites: Sequence[Site], parameters: int) -> float:
+    """Of a model with so many parameters, see `Conditions`: 8·k·(d_in + d_out) operations a row of x and g
+    (`cola_server.reduce.sketch`), where the model's own pass has 4 for each parameter. With 64 rows, on SmolLM2-135M,
+    that is 4 % of a pass for q and v, and 24 % for seven linears; 5 and 29 were measured (benchmarks/reduce_cost.py).
+    """
+    adapted = [site for site in sites if site.kind != "head"]
+    inputs = {site.group: site.calls * site.d_in for site in adapted}
+    return 2 * (sum(inputs.values()) + sum(site.calls * site.d_out for site in adapted)) / parameters
 
 
 def choose(wire: Wire, sites: Sequence[Site], loads: Loads, conditions: Conditions) -> WirePlan:
@@ -151,9 +163,20 @@ def _rank(option: WirePlan, loads: Loads, conditions: Conditions) -> tuple[float
     load = loads(option)
     if conditions.pass_seconds is None:
         return 0, option.error, load.nbytes
-    if _wire_seconds(option, loads, conditions) <= conditions.interval * conditions.pass_seconds:
+    if _wire_seconds(option, loads, conditions) + _sketch_seconds(option, conditions) <= _passing(conditions):
         return 0, option.error, load.nbytes
     return 1, _step_seconds(option, loads, conditions), option.error
+
+
+def _passing(conditions: Conditions) -> float:
+    """Seconds of a step in the model."""
+    assert conditions.pass_seconds is not None
+    return conditions.interval * conditions.pass_seconds
+
+
+def _sketch_seconds(option: WirePlan, conditions: Conditions) -> float:
+    """Of a step, on the server: what makes the wire shorter counts as a part of it."""
+    return _passing(conditions) * conditions.sketching * option.sketch_rows
 
 
 def _wire_seconds(option: WirePlan, loads: Loads, conditions: Conditions) -> float:
@@ -162,10 +185,10 @@ def _wire_seconds(option: WirePlan, loads: Loads, conditions: Conditions) -> flo
 
 
 def _step_seconds(option: WirePlan, loads: Loads, conditions: Conditions) -> float:
-    assert conditions.pass_seconds is not None
-    passing = conditions.interval * conditions.pass_seconds
+    passing = _passing(conditions)
     work = conditions.interval * loads(option).work / conditions.speed
-    return passing + max(0.0, _wire_seconds(option, loads, conditions) + work - OVERLAP * passing)
+    left = max(0.0, _wire_seconds(option, loads, conditions) + work - OVERLAP * passing)
+    return passing + _sketch_seconds(option, conditions) + left
 
 
 def _same(one: WirePlan, other: WirePlan) -> bool:
@@ -178,8 +201,11 @@ def _reason(wire: Wire, option: WirePlan, loads: Loads, conditions: Conditions) 
     lost = "nothing is lost" if option.error == 0 else f"an error of up to {option.error:.2g} is expected"
     if conditions.pass_seconds is None:
         return f"{lost}; the fewest bytes of that, as the model's speed is not known yet"
-    seconds, passing = _wire_seconds(option, loads, conditions), conditions.interval * conditions.pass_seconds
+    seconds, passing = _wire_seconds(option, loads, conditions), _passing(conditions)
     takes = f"{seconds:.2g} s of each step on the wire, {passing:.2g} s in the model"
+    if option.sketch_rows:
+        making = _sketch_seconds(option, conditions)
+        seconds, takes = seconds + making, f"{takes}, {making:.2g} s for the sketch"
     if seconds <= passing:
         return f"{lost}; {takes}"
     return f"{lost}; {takes}: the link is too slow to keep up, with what the job allows (wire.max_error)"

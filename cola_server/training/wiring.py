@@ -83,6 +83,7 @@ class Wiring:
             pass_seconds=self._observed.pass_seconds(p.base.name, examples * length),
             rate=rate,
             speed=max((c.speed for c in candidates), default=math.inf),
+            sketching=planner.sketching(p.sites, p.base.parameters),
         )
 
     def _load(self, plan: WirePlan) -> Load:

@@ -19,7 +19,7 @@ from tests.server.prepared import prepared
 
 FAMILIES: list[Family] = [Lora(1, 1.0), Lora(8, 1.0), Lora(64, 2.0), Linear(1.0), Mlp((16,), 1.0)]
 REDUCTIONS: tuple[Rows, ...] = ("all", "exact", "sketch")
-ANY = Conditions(interval=1, pass_seconds=None, rate=1e8, speed=1e9)
+ANY = Conditions(interval=1, pass_seconds=None, rate=1e8, speed=1e9, sketching=0.0)
 HEAD = site(2, 2, Head(bias=True), 64, 3, kind="head", layout="examples")
 
 
@@ -42,16 +42,21 @@ class Case:
     def wire_seconds(self, plan: WirePlan) -> float:
         return self.conditions.interval * self.load(plan).nbytes / self.conditions.rate
 
-    def keeps_up(self, plan: WirePlan) -> bool:
+    def passing(self) -> float:
         assert self.conditions.pass_seconds is not None
-        return self.wire_seconds(plan) <= self.conditions.interval * self.conditions.pass_seconds
+        return self.conditions.interval * self.conditions.pass_seconds
+
+    def sketch_seconds(self, plan: WirePlan) -> float:
+        return self.passing() * self.conditions.sketching * plan.sketch_rows
+
+    def keeps_up(self, plan: WirePlan) -> bool:
+        return self.wire_seconds(plan) + self.sketch_seconds(plan) <= self.passing()
 
     def step_seconds(self, plan: WirePlan) -> float:
-        """The pass, and what of wire and work is left when two thirds of it, the backward pass, are over."""
-        assert self.conditions.pass_seconds is not None
-        passing = self.conditions.interval * self.conditions.pass_seconds
+        """The pass with its sketches, and what of wire and work is left when two thirds of the pass are over."""
         work = self.conditions.interval * self.load(plan).work / self.conditions.speed
-        return passing + max(0.0, self.wire_seconds(plan) + work - 2 / 3 * passing)
+        left = max(0.0, self.wire_seconds(plan) + work - 2 / 3 * self.passing())
+        return self.passing() + self.sketch_seconds(plan) + left
 
     def others(self) -> Iterator[WirePlan]:
         """What the job names, with all that it leaves open and its `max_error` allows. Where a gradient will do, rows

@@ -26,7 +26,7 @@ def prepared(
     return SimpleNamespace(
         job=ids.new("ftjob"),
         spec=JobSpec(model="m", training_file="f", hyperparameters=hyperparameters, wire=wire),
-        base=SimpleNamespace(name="m"),
+        base=SimpleNamespace(name="m", parameters=1_000_000),
         wire_plan=None,
         sites=tuple(sites),
         mean_batch=(batch * length, batch),

@@ -9,7 +9,7 @@ import torch
 from cola_common.adapters import Parameters, build
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import AdapterSpec, LinearAdapter, LoraAdapter, MlpAdapter
-from cola_server.model import BaseModel, BatchResult, Captured, JobAdapter, JobBatch, Mean, Merging, probe, taps, train
+from cola_server.model import BaseModel, BatchResult, Captured, JobAdapter, JobBatch, Mean, Merging, probe, runs, train
 from tests.support.models import VOCABULARY, base_of, tiny
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def assert_same(found: dict[Key, Parameters], wanted: dict[Key, Parameters], tol
 @pytest.fixture(autouse=True, params=[(), ("cpu",)], ids=["one by one", "together"])
 def batched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator neighbours' products are made together; here so, too."""
-    monkeypatch.setattr(taps, "BATCHED", request.param)
+    monkeypatch.setattr(runs, "BATCHED", request.param)
 
 
 def base(kind: str) -> BaseModel:

@@ -35,6 +35,7 @@ def cases(draw: st.DrawFn) -> Case:
         pass_seconds=draw(st.sampled_from([None, 1e-3, 0.1, 10.0])),
         rate=10 ** draw(st.floats(3, 11)),
         speed=10 ** draw(st.floats(8, 12)),
+        sketching=draw(st.sampled_from([0.0, 1e-4, 0.004, 0.1])),
     )
     sites = pair(family) + ([HEAD] if draw(st.booleans()) else [])
     return Case(wire, sites, draw(st.sampled_from([2, 16, 300])), conditions)
@@ -84,8 +85,10 @@ def test_nothing_else_that_keeps_up_loses_less_or_as_little_in_fewer_bytes(case:
 @settings(max_examples=200, deadline=None)
 @given(case=cases(), times=st.floats(1.0, 1e4))
 def test_over_a_slower_link_never_go_more_bytes(case: Case, times: float) -> None:
-    """With workers that take no time: a gradient may be more bytes than coarse rows, and is less work."""
-    fast = replace(case, conditions=replace(case.conditions, speed=math.inf))
+    """With work that takes no time: a gradient may be more bytes than coarse rows, and all rows than a sketch, and are
+    less work.
+    """
+    fast = replace(case, conditions=replace(case.conditions, speed=math.inf, sketching=0.0))
     slow = replace(fast, conditions=replace(fast.conditions, rate=fast.conditions.rate / times))
     assert case.load(slow.choose()).nbytes <= case.load(fast.choose()).nbytes
 
@@ -124,6 +127,23 @@ def test_more_is_lost_only_as_the_link_gets_slower() -> None:
     errors = [plan.error for plan in chosen]
     assert errors[0] == 0.0 and errors == sorted(errors) and len(set(errors)) > 3
     assert ["too slow" in plan.reason for plan in chosen] == [False] * 6 + [True]
+
+
+def test_a_sketch_that_costs_the_server_more_than_it_saves_is_not_chosen() -> None:
+    wire, conditions = Wire(max_error=0.2), replace(ANY, pass_seconds=0.2, rate=4e5)
+    cheap = Case(wire, pair(Linear(1.0)), 300, conditions)
+    dear = replace(cheap, conditions=replace(conditions, sketching=0.01))
+    assert (cheap.choose().rows, dear.choose().rows) == ("sketch", "all")
+    kept = cheap.choose()
+    assert dear.step_seconds(kept) > dear.step_seconds(dear.choose())
+    assert "for the sketch" in kept.reason and "for the sketch" not in dear.choose().reason
+
+
+def test_a_sketch_costs_by_the_widths_of_its_sites_and_x_that_is_shared_counts_once() -> None:
+    shared = planner.sketching([*pair(Linear(1.0)), HEAD], 1000)
+    assert shared == 8 * (64 + 96 + 32) / (4 * 1000)
+    apart = [replace(each, group=number) for number, each in enumerate(pair(Linear(1.0)))]
+    assert planner.sketching(apart, 1000) == 8 * (64 + 96 + 64 + 32) / (4 * 1000)
 
 
 @pytest.mark.parametrize(("interval", "slow"), [(1, True), (100, False)])

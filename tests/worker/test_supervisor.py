@@ -52,6 +52,10 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_WAIT_SECONDS", 0.1)
 
 
+UNREAD = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
+"""What a server says of a call's token, before it reads the Hello. All else it answers to the Hello."""
+
+
 def error(reason: Reason) -> ColaError:
     fields = {"worker": WORKER, "problem": "a test", "theirs": "2", "ours": "1", "method": "Attend"}
     return ColaError(reason, **fields)
@@ -135,6 +139,8 @@ async def test_a_worker_that_is_not_wanted_stops_with_the_reason(reason: Reason,
         lives += 1
         if when == "after it":
             await welcome(stream)
+        elif reason not in UNREAD:
+            await stream.receive()
         raise error(reason)
 
     async with serving(script) as address:
