@@ -11,61 +11,30 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import torch
 
 from cola_common import failpoints
 from cola_common.adapters import build
-from cola_common.errors import ColaError, Reason
 from cola_common.jobs import StepMetrics, WirePlan
 from cola_common.messages import Delta, EncodedTensor, ShardPlan
 from cola_common.schedules import learning_rate
-from cola_common.tensor import encode, encoded_shape, nbytes
-from cola_server.fleet import DeltaForm, Exchange, WorkerBlamed, WorkerSlow
+from cola_common.tensor import encode
+from cola_server.fleet import Exchange, WorkerSlow
 from cola_server.model import JobAdapter, JobBatch, Mean, Merging, evaluate
 from cola_server.training import data
-from cola_server.training.cadence import Cadence
 from cola_server.training.captures import CapturePacker
 from cola_server.training.checkpoints import write_checkpoint
 from cola_server.training.cohorts import Pass, Request
+from cola_server.training.course import Course, End
 from cola_server.training.examples import Example
+from cola_server.training.folding import delta_form, fold
 from cola_server.training.group import Group, Session
-from cola_server.training.judgement import Judgement
 from cola_server.training.keeper import Keeper
-from cola_server.training.owners import Owners
 from cola_server.training.patience import Patience
-from cola_server.training.prepared import Prepared
-from cola_server.training.records import Records
-from cola_server.training.services import Services
-from cola_server.training.snapshots import Snapshot, Snapshots
+from cola_server.training.snapshots import Snapshot
 from cola_server.training.tally import Tally
 from cola_server.training.traffic import capture_bytes, rows_of
-from cola_server.training.turn import Turn
-
-
-class End(Enum):
-    """How an attempt ends that does not fail."""
-
-    FINISHED = "finished"
-    INTERRUPTED = "interrupted"
-    """The job was asked to give up its turn; a snapshot is where it stopped."""
-    MOVING = "moving"
-    """Its workers leave or others are better; a snapshot is where it stopped."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a job keeps from one attempt to the next."""
-
-    prepared: Prepared
-    services: Services
-    records: Records
-    snapshots: Snapshots
-    judgement: Judgement
-    owners: Owners
-    cadence: Cadence
-    turn: Turn
 
 
 @dataclass(frozen=True)
@@ -129,7 +98,7 @@ class Attempt:
             sites=[s.name for s in sites],
             shapes=self._shapes,
             deltas=[
-                {name: _form(shape, self._wire(index).deltas) for name, shape in shapes.items()}
+                {name: delta_form(shape, self._wire(index).deltas) for name, shape in shapes.items()}
                 for index, shapes in enumerate(self._shapes)
             ],
             max_grad_norm=self._prepared.plan.max_grad_norm,
@@ -389,33 +358,12 @@ class Attempt:
     def _fold(
         self, adapter: JobAdapter, merging: Merging | None, workers: Sequence[str], deltas: Sequence[Delta], step: int
     ) -> tuple[dict[str, str], float]:
-        """Returns: digests by worker, and seconds.
-
-        Raises: `WorkerBlamed`; what was folded before it goes with the attempt.
-        """
+        """Returns: digests by worker, and seconds. Raises: `WorkerBlamed`."""
         started = time.perf_counter()
-        digests = {}
-        for worker, delta in zip(workers, deltas, strict=True):
-            try:
-                self._fold_one(adapter, delta)
-                digests[worker] = adapter.digest([i for i, owner in self._owners.items() if owner == worker])
-                if digests[worker] != delta.digest:
-                    raise ColaError(Reason.DIGEST_MISMATCH, job=delta.job, step=step + 1)
-            except ColaError as error:
-                raise WorkerBlamed(worker, step, error) from None
+        digests = fold(adapter, self._owners, dict(zip(workers, deltas, strict=True)), step)
         if merging is not None:
             self._base.seat.refresh(merging)
         return digests, time.perf_counter() - started
-
-    @staticmethod
-    def _fold_one(adapter: JobAdapter, delta: Delta) -> None:
-        shards: dict[int, tuple[list[str], list[EncodedTensor]]] = {}
-        for (index, name), tensor in zip(delta.names, delta.tensors, strict=True):
-            names, tensors = shards.setdefault(index, ([], []))
-            names.append(name)
-            tensors.append(tensor)
-        for index, (names, tensors) in shards.items():
-            adapter.fold(index, names, tensors)
 
     async def _evaluate(self, adapter: JobAdapter, merging: Merging | None) -> float:
         """The mean loss over the validation file's target tokens; other jobs' passes go on between its batches."""
@@ -461,11 +409,6 @@ def _own_seconds(step: StepMetrics) -> float:
     """What a step took but for waiting for other jobs: to repeat it is so much work."""
     on_server = step.model_seconds + step.reduce_seconds + step.encode_seconds + step.fold_seconds
     return on_server + step.wire_seconds + step.worker_seconds
-
-
-def _form(shape: tuple[int, ...], codec: str) -> DeltaForm:
-    shape = encoded_shape(shape, codec)
-    return DeltaForm(codec, shape, nbytes(codec, shape))
 
 
 def _encoded(shard: Mapping[str, torch.Tensor]) -> dict[str, EncodedTensor]:

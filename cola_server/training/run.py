@@ -14,9 +14,10 @@ from cola_common import failpoints
 from cola_common.errors import ColaError, Reason
 from cola_common.jobs import JobStatus
 from cola_server.fleet import WorkerBlamed, WorkerLost, WorkerSlow
-from cola_server.training.attempt import Attempt, Course, End
+from cola_server.training.attempt import Attempt
 from cola_server.training.cadence import Cadence
 from cola_server.training.checkpoints import last_adapter
+from cola_server.training.course import Course, End
 from cola_server.training.group import Group, Parted, Session
 from cola_server.training.judgement import Judgement
 from cola_server.training.owners import Owners

@@ -147,7 +147,7 @@ async def test_a_worker_that_is_not_wanted_stops_with_the_reason(reason: Reason,
         with pytest.raises(ColaError) as caught:
             await supervisor(address, tmp_path).run()
     assert (caught.value.reason, caught.value.message) == (reason, error(reason).message)
-    # While a Hello is being written that nobody will read, gRPC may tell of that alone: then the worker comes once more.
+    # Of a Hello that is being written and that nobody will read gRPC may tell that alone: the worker comes once more.
     assert lives == 1 or (reason in UNREAD and when == "before the welcome")
     assert CATALOGUE[reason].status != "UNAVAILABLE"
 
