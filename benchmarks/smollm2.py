@@ -15,11 +15,12 @@ SITES = {
     "q, v": ("q_proj", "v_proj"),
     "seven": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+LORA = {"type": "lora", "r": RANK, "lora_alpha": 2 * RANK}
 
 
 def lora(sites: str) -> dict[str, Any]:
     """The adapter of a job."""
-    return {"type": "lora", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": SITES[sites]}
+    return {**LORA, "target_modules": SITES[sites]}
 
 
 def filling_rows(count: int, mark: str = "") -> bytes:

@@ -29,7 +29,7 @@ import torch
 import typer
 
 from benchmarks.record import write_record
-from benchmarks.smollm2 import CACHE, LENGTH, SITES, Cache
+from benchmarks.smollm2 import CACHE, LENGTH, LORA, SITES, Cache
 from cola_common.client import Client
 from cola_common.jobs import Codec, JobSpec, Rows, WirePlan
 from cola_server.demo.dialogues import read_dialogues, split_dialogues, write_rows
@@ -40,14 +40,12 @@ from tests.support.cluster import Cluster
 from tests.support.wires import wire
 
 FORMS: dict[str, dict[str, Any]] = {
-    "lora": {"type": "lora", "r": 8, "lora_alpha": 16},
+    "lora": LORA,
     "linear": {"type": "linear"},
     "mlp": {"type": "mlp", "hidden_sizes": [128]},
 }
 RATES = {"lora": 2e-3, "linear": 1e-4, "mlp": 1e-3}
 """LoRA's is the demo's. A full matrix moves with every weight at once, and takes less."""
-CODECS = ("fp32", "fp16", "bf16", "int8", "int4")
-SKETCHES = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from cola_common.adapters import Parameters
 from cola_server.model.adapted import JobAdapter, Mean
 from cola_server.model.site import Site
 
+Gradient = Callable[[], tuple[Parameters, float]]
+"""Makes a job's VJP of its rows at one call of a site, and tells the job's part of the seconds that it took."""
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -24,10 +27,8 @@ class Captured:
     """(…, d_out)"""
     rows: torch.Tensor | None
     """Numbers of those that are no padding, once the leading dimensions are flattened; None: all."""
-    gradient: Callable[[], tuple[Parameters, float]]
-    """The job's own VJP of these rows, on devices where that is faster (`runs.BATCHED`) made with those of neighbours
-    that are alike; and seconds, the job's part of what that took.
-    """
+    gradient: Gradient
+    """Of these rows; on devices where that is faster (`runs.BATCHED`) made with those of neighbours that are alike."""
 
 
 class Sink(Protocol):

@@ -15,6 +15,7 @@ no gradient. Captures are taken in the backward pass, where also under gradient 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,8 +24,8 @@ from torch import nn
 
 from cola_common.errors import ColaError, Reason
 from cola_common.messages import Calls
-from cola_server.model.cohort import Captured, Member
-from cola_server.model.runs import Gradient, Piece, Run, pieces_of, runs_of
+from cola_server.model.cohort import Captured, Gradient, Member
+from cola_server.model.runs import Piece, Run, pieces_of, runs_of
 from cola_server.model.site import Site
 
 
@@ -200,7 +201,7 @@ class Taps:
             g_of_member = gs[number][..., : piece.site.d_out]
             if member.mean is not None:
                 g_of_member = g_of_member * member.mean.share
-            gradient = gradients.get(number) or piece.gradient(xs[number], g_of_member, rows)
+            gradient = gradients.get(number) or partial(piece.gradient, xs[number], g_of_member, rows)
             member.sink.capture(Captured(piece.site, call, xs[number], g_of_member, rows, gradient))
 
     def _check_shared(self, number: int, site: Site, call: int, x: torch.Tensor) -> None:

@@ -268,13 +268,13 @@ class Attempt:
             exchange.end_batch(batch=number, batches=tally.batches if number == batches[-1] else 0, calls=calls)
             failpoints.hit("batch.sent")
         handed_over = time.perf_counter()
-        deltas = await self._deltas(exchange)
+        deltas = dict(zip(exchange.workers, await self._deltas(exchange), strict=True))
         waited = time.perf_counter() - handed_over
         self._patience.waited(waited)
         await self._session.meet(self._prepared.job, None)  # all batches of the step are through the model
         failpoints.hit("step.before_fold")
-        seconds = {worker: d.worker_seconds for worker, d in zip(exchange.workers, deltas, strict=True)}
-        digests, fold_seconds = await self._numerics.run(self._fold, adapter, merging, exchange.workers, deltas, step)
+        seconds = {worker: delta.worker_seconds for worker, delta in deltas.items()}
+        digests, fold_seconds = await self._numerics.run(self._fold, adapter, merging, deltas, step)
         failpoints.hit("step.after_fold")
         grad_norm = exchange.grad_norm()
         exchange.acknowledge(digests)
@@ -284,7 +284,7 @@ class Attempt:
         await self._session.meet(self._prepared.job, None)  # all adapters are at the next step
         self._services.observed.waited(waited)
         return tally.metrics(
-            deltas,
+            list(deltas.values()),
             step=step,
             epoch=self._epoch,
             learning_rate=learning_rate(self._prepared.plan, step),
@@ -356,11 +356,11 @@ class Attempt:
     # --- on the numerics thread -------------------------------------------------------------------------------------
 
     def _fold(
-        self, adapter: JobAdapter, merging: Merging | None, workers: Sequence[str], deltas: Sequence[Delta], step: int
+        self, adapter: JobAdapter, merging: Merging | None, deltas: Mapping[str, Delta], step: int
     ) -> tuple[dict[str, str], float]:
         """Returns: digests by worker, and seconds. Raises: `WorkerBlamed`."""
         started = time.perf_counter()
-        digests = fold(adapter, self._owners, dict(zip(workers, deltas, strict=True)), step)
+        digests = fold(adapter, self._owners, deltas, step)
         if merging is not None:
             self._base.seat.refresh(merging)
         return digests, time.perf_counter() - started
